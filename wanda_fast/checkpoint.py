@@ -1,0 +1,702 @@
+"""Open and save diffusers folders: every check before heavy work, safetensors and JSON only, all or nothing on disk.
+
+Opening. :func:`load_pipeline` reads a folder in any of these forms, or a hub id, or the bundled model:
+
+- a ``DDPMPipeline`` folder (``model_index.json``) with the network in ``unet/`` or at the root,
+- a bare ``UNet2DModel`` folder (``config.json`` and safetensors),
+- a folder that this project wrote, in ``stock`` or ``free`` layout.
+
+Saving, ``stock`` layout. The network lies at the root and ``model_index.json`` names it. diffusers looks for a part of
+a pipeline in the subfolder of its name and falls back to the root where there is none, so one copy of the weights
+serves both ``UNet2DModel.from_pretrained(dir)`` and ``DDPMPipeline.from_pretrained(dir)``.
+
+Saving, ``free`` layout. Widths differ per slot, which the constructor of ``UNet2DModel`` cannot express. The true
+configuration and the widths lie under ``dense_config`` and ``widths`` of ``config.json``; the entries that stock
+diffusers reads name :func:`load_pruned` instead of a block type, so ``UNet2DModel.from_pretrained`` stops with that
+sentence. Without this it would report a shape mismatch and recommend ``ignore_mismatched_sizes``, which opens the
+folder with random weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers import DDPMPipeline
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+BUNDLED_NAME = "ddpm-cifar10-small"
+BUNDLED_MODEL = ASSETS / BUNDLED_NAME
+LAYOUTS = ("stock", "free")
+FREE_CLASS = "PrunedUNet2DModel"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+_FREE_NOTICE = (
+    "This folder is in wanda_fast's free layout (widths differ per slot): open it with wanda_fast.load_pruned(folder). "
+)
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# What `from_pretrained` needs and nothing else: no pickles, no images, no other weight formats.
+_HUB_FILES = [
+    "model_index.json",
+    "config.json",
+    "scheduler_config.json",
+    "scheduler/*.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model*.safetensors*",
+    "diffusion_pytorch_model*.safetensors*",
+]
+# Names of attention weights before diffusers 0.15; google/ddpm-cifar10-32 and its sisters still use them.
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+@dataclass
+class Loaded:
+    """An opened model.
+
+    Attributes:
+        unet: in eval mode, every parameter in the asked dtype on the asked device.
+        scheduler: as the folder describes it.
+        name: short name, fit for a folder name.
+        source: "bundled", "folder" or "hub".
+        config: constructor arguments of the network; for the free layout those of its dense ancestor.
+        path: the folder that was read.
+        layout: "stock" or "free".
+        notes: plain sentences that the user should see (a default that was filled in).
+    """
+
+    unet: nn.Module
+    scheduler: Any
+    name: str
+    source: str
+    config: dict[str, Any]
+    path: Path
+    layout: str = "stock"
+    notes: list[str] = field(default_factory=list)
+
+
+def load_pipeline(
+    model: str | os.PathLike[str] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Loaded:
+    """Open a model: None for the bundled one, a folder, or a hub id such as ``google/ddpm-cifar10-32``.
+
+    Raises:
+        UserError: no such folder, no UNet2DModel in it, pickled weights only, a truncated file, missing, unexpected,
+            misshapen or non-finite tensors (the first is named), an unsupported class, or a hub that cannot be reached.
+    """
+    folder, source, name = _locate(model)
+    unet_dir, scheduler_file, notes = _find_parts(folder)
+    config_file = unet_dir / "config.json"
+    raw = _read_json(config_file)
+    class_name = raw.get("_class_name", "UNet2DModel")
+    if class_name not in ("UNet2DModel", FREE_CLASS):
+        raise UserError(f"{config_file}: holds a {class_name}; only UNet2DModel is supported.")
+    files = _weight_files(unet_dir)
+    scheduler = _load_scheduler(scheduler_file)
+    free = class_name == FREE_CLASS
+    if free:
+        unet, config = _build_free(raw, config_file)
+    else:
+        config = {k: v for k, v in raw.items() if not k.startswith("_")}
+        unet = _build_stock(config, config_file)
+    _fill(unet, _read_weights(files), unet_dir)
+    nn.Module.to(
+        unet, device=device, dtype=dtype
+    )  # the override of diffusers warns about a choice that is not made here
+    unet.eval()
+    return Loaded(
+        unet=unet,
+        scheduler=scheduler,
+        name=name,
+        source=source,
+        config=config,
+        path=folder,
+        layout="free" if free else "stock",
+        notes=notes,
+    )
+
+
+def load_pruned(
+    folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> DDPMPipeline:
+    """Open a folder that this project wrote, in either layout, as a ``DDPMPipeline``.
+
+    Stock diffusers opens the ``stock`` layout by itself. It cannot open the ``free`` one: there the widths differ from
+    slot to slot, while the constructor of ``UNet2DModel`` knows one width per level. This function builds the dense
+    shape, cuts every tensor to the widths recorded in ``config.json`` and then reads the weights, strictly. Use
+    :func:`save_folder` to save such a network again: ``save_pretrained`` would write a config that does not describe
+    it.
+
+    Raises:
+        UserError: as :func:`load_pipeline`.
+    """
+    from diffusers import DDPMPipeline
+
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: no such folder.")
+    loaded = load_pipeline(folder, dtype=dtype, device=device)
+    return DDPMPipeline(unet=loaded.unet, scheduler=loaded.scheduler)
+
+
+# -------------------------------------------------------------------------------------------------------------- finding
+
+
+def _locate(model: str | os.PathLike[str] | None) -> tuple[Path, str, str]:
+    """Folder, source and short name of what the user asked for."""
+    if model is None:
+        return BUNDLED_MODEL, "bundled", BUNDLED_NAME
+    text = os.fspath(model)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        resolved = path.resolve()
+        return path, "folder", (resolved.parent.name if resolved.name == "unet" else resolved.name) or "model"
+    if path.is_file():
+        if path.suffix in _PICKLE_SUFFIXES:
+            raise UserError(_pickle_message(str(path)))
+        raise UserError(f"{text}: is a file; give the folder with model_index.json or config.json.")
+    if not _HUB_ID.fullmatch(text):
+        raise UserError(f"{text}: no such folder, and not a hub id (owner/name) either.")
+    return _download(text), "hub", text.split("/")[1]
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the hub client raises a dozen unrelated types when it is offline
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{hub_id}: no such folder here, and the hub did not deliver it ({type(error).__name__}: {reason[:160]}). "
+            f"Without a network: "
+            f"download the model elsewhere (model_index.json, scheduler, config.json, {WEIGHTS}) and give that folder."
+        ) from error
+
+
+def _pickle_message(where: str) -> str:
+    return (
+        f"{where}: only pickled weights, which can run arbitrary code when opened, so they are refused. Convert where "
+        f"you trust the "
+        "file: UNet2DModel.from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder)."
+    )
+
+
+def _find_parts(folder: Path) -> tuple[Path, Path | None, list[str]]:
+    """(folder of the network, scheduler file or None, notes)."""
+    index_file = folder / "model_index.json"
+    notes: list[str] = []
+    if index_file.is_file():
+        index = _read_json(index_file)
+        part = index.get("unet")
+        if not isinstance(part, list) or len(part) != 2:
+            raise UserError(
+                f"{index_file}: this pipeline ({index.get('_class_name', 'unknown')}) has no unet; a UNet2DModel is "
+                f"needed."
+            )
+        if part[1] not in ("UNet2DModel", FREE_CLASS):
+            raise UserError(f"{index_file}: the unet is a {part[1]}; only UNet2DModel is supported.")
+        extra = sorted(
+            k for k, v in index.items() if isinstance(v, list) and k not in ("unet", "scheduler") and v != [None, None]
+        )
+        if extra:
+            raise UserError(f"{index_file}: parts besides unet and scheduler are not supported: {', '.join(extra)}.")
+        unet_dir = folder / "unet" if (folder / "unet").is_dir() else folder
+        if not (unet_dir / "config.json").is_file():
+            raise UserError(f"{unet_dir}: has no config.json, so there is no UNet2DModel to open.")
+        for candidate in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"):
+            if candidate.is_file():
+                return unet_dir, candidate, notes
+        raise UserError(f"{folder}: the pipeline has no scheduler/scheduler_config.json.")
+    for unet_dir in (folder, folder / "unet"):
+        if (unet_dir / "config.json").is_file():
+            for candidate in (
+                folder / "scheduler" / "scheduler_config.json",
+                folder / "scheduler_config.json",
+                unet_dir.parent / "scheduler" / "scheduler_config.json",
+            ):
+                if candidate.is_file():
+                    return unet_dir, candidate, notes
+            notes.append(
+                "The folder has no scheduler: DDPMScheduler with its defaults (1000 steps, linear betas) is used."
+            )
+            return unet_dir, None, notes
+    if any(p.suffix in _PICKLE_SUFFIXES for p in folder.iterdir() if p.is_file()):
+        raise UserError(_pickle_message(str(folder)))
+    raise UserError(f"{folder}: has neither model_index.json nor config.json, so there is no UNet2DModel to open.")
+
+
+def _weight_files(unet_dir: Path) -> list[Path]:
+    """The safetensors files of a network: one, or the shards that an index names."""
+    single = unet_dir / WEIGHTS
+    if single.is_file():
+        return [single]
+    index_file = unet_dir / f"{WEIGHTS}.index.json"
+    if index_file.is_file():
+        names = _read_json(index_file).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise UserError(f"{index_file}: has no weight_map.")
+        files = [unet_dir / str(n) for n in sorted(set(names.values()))]
+        for file in files:
+            if file.parent != unet_dir or not file.is_file():
+                raise UserError(f"{file}: named by {index_file.name}, but not there.")
+        return files
+    variants = sorted(unet_dir.glob("diffusion_pytorch_model.*.safetensors"))
+    if len(variants) == 1:
+        return variants
+    pickles = sorted(p.name for p in unet_dir.iterdir() if p.suffix in _PICKLE_SUFFIXES)
+    if pickles:
+        raise UserError(_pickle_message(str(unet_dir / pickles[0])))
+    found = f" (found {', '.join(p.name for p in variants)}: keep one)" if variants else ""
+    raise UserError(f"{unet_dir}: has no {WEIGHTS}{found}.")
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: is not a JSON object.")
+    return value
+
+
+def _read_weights(files: list[Path]) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            weights.update(load_file(file))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{file}: truncated or not a safetensors file ({error}).") from error
+    return weights
+
+
+def _build_stock(config: Mapping[str, Any], config_file: Path) -> nn.Module:
+    from diffusers import UNet2DModel
+
+    try:
+        return UNet2DModel.from_config(dict(config))
+    except Exception as error:  # any constructor error means that this config describes no network
+        raise UserError(
+            f"{config_file}: UNet2DModel cannot be built from it ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _build_free(raw: Mapping[str, Any], config_file: Path) -> tuple[nn.Module, dict[str, Any]]:
+    config, widths = raw.get("dense_config"), raw.get("widths")
+    if not isinstance(config, dict) or not isinstance(widths, dict):
+        raise UserError(f"{config_file}: a {FREE_CLASS} needs dense_config and widths.")
+    from . import compact
+
+    try:
+        return compact.build(config, widths), config
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{config_file}: no network can be built from dense_config and widths ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _modern_names(weights: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
+    """Rename the attention weights of old checkpoints (query → to_q, …) where the new name is one that the network
+    has.
+    """
+    renamed = {}
+    for name, tensor in weights.items():
+        parts = name.rsplit(".", 2)
+        if name not in wanted and len(parts) == 3 and parts[1] in _OLD_ATTENTION:
+            candidate = f"{parts[0]}.{_OLD_ATTENTION[parts[1]]}.{parts[2]}"
+            name = candidate if candidate in wanted else name
+        renamed[name] = tensor
+    return renamed
+
+
+def _fill(unet: nn.Module, weights: dict[str, Tensor], where: Path) -> None:
+    """Strict `load_state_dict` that names the first bad tensor in a sentence."""
+    own = unet.state_dict()
+    weights = _modern_names(weights, set(own))
+    missing = [n for n in own if n not in weights]
+    if missing:
+        raise UserError(f"{where}: {len(missing)} of {len(own)} tensors are missing, the first is {missing[0]}.")
+    unexpected = [n for n in weights if n not in own]
+    if unexpected:
+        raise UserError(
+            f"{where}: {len(unexpected)} tensors do not belong to this network, the first is {unexpected[0]}."
+        )
+    for name, tensor in own.items():
+        if weights[name].shape != tensor.shape:
+            raise UserError(
+                f"{where}: {name} has shape {list(weights[name].shape)}, the config asks for {list(tensor.shape)}."
+            )
+        if weights[name].is_floating_point() and not bool(torch.isfinite(weights[name]).all()):
+            raise UserError(f"{where}: {name} holds NaN or Inf.")
+    unet.load_state_dict(weights, strict=True)
+
+
+def _load_scheduler(file: Path | None) -> Any:
+    import diffusers
+
+    if file is None:
+        return diffusers.DDPMScheduler()
+    config = _read_json(file)
+    name = str(config.get("_class_name", "DDPMScheduler"))
+    cls = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    if cls is None:
+        raise UserError(f"{file}: unknown scheduler class {name}.")
+    try:
+        scheduler = cls.from_config({k: v for k, v in config.items() if k != "_name_or_path"})
+    except Exception as error:  # as for the network: the config describes no scheduler
+        raise UserError(f"{file}: {name} cannot be built from it ({type(error).__name__}: {error}).") from error
+    if not isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
+        raise UserError(f"{file}: {name} has no alphas_cumprod; only schedulers of the DDPM family are supported.")
+    return scheduler
+
+
+# --------------------------------------------------------------------------------------------------------------- saving
+
+
+def save_folder(
+    folder: str | os.PathLike[str],
+    unet: nn.Module,
+    scheduler: Any,
+    *,
+    layout: str = "stock",
+    dtype: torch.dtype | None = None,
+    dense_config: Mapping[str, Any] | None = None,
+    widths: Mapping[str, Any] | None = None,
+) -> None:
+    """Write ``config.json``, the weights, ``scheduler/`` and ``model_index.json`` into an existing folder.
+
+    Call it inside :func:`atomic_folder`; it does not protect against a kill by itself.
+
+    Args:
+        layout: "stock" takes the config from ``unet.config``; "free" needs `dense_config` and `widths`, what
+            ``compact.build(dense_config, widths)`` rebuilds the empty network from. Both must be JSON.
+        dtype: of the saved weights, None for that of the network.
+    """
+    import diffusers
+    from safetensors.torch import save_file
+
+    target = Path(folder)
+    if layout not in LAYOUTS:
+        raise UserError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}.")
+    version = diffusers.__version__
+    if layout == "stock":
+        config = {"_class_name": "UNet2DModel", "_diffusers_version": version, **public_config(unet)}
+        part = ["diffusers", "UNet2DModel"]
+    else:
+        if dense_config is None or widths is None:
+            raise ValueError("the free layout needs dense_config and widths")
+        dense = {k: v for k, v in dense_config.items() if not k.startswith("_")}
+        blocks = [_FREE_NOTICE + str(b) for b in dense["down_block_types"]]
+        config = {
+            "_class_name": FREE_CLASS,
+            "_diffusers_version": version,
+            "dense_config": dense,
+            "widths": dict(widths),
+            "down_block_types": blocks,
+            "up_block_types": list(dense["up_block_types"]),
+            "block_out_channels": list(dense["block_out_channels"]),
+            "norm_num_groups": dense.get("norm_num_groups", 32),
+        }
+        part = ["wanda_fast", FREE_CLASS]
+    _write_json(target / "config.json", config)
+    state = {
+        n: t.detach().to("cpu", dtype if t.is_floating_point() else None).contiguous().clone()
+        for n, t in unet.state_dict().items()
+    }
+    save_file(state, target / WEIGHTS, metadata={"format": "pt"})
+    (target / "scheduler").mkdir(exist_ok=True)
+    scheduler_config = {k: v for k, v in json.loads(scheduler.to_json_string()).items() if k != "_name_or_path"}
+    _write_json(target / "scheduler" / "scheduler_config.json", scheduler_config)
+    _write_json(
+        target / "model_index.json",
+        {
+            "_class_name": "DDPMPipeline",
+            "_diffusers_version": version,
+            "scheduler": ["diffusers", type(scheduler).__name__],
+            "unet": part,
+        },
+    )
+
+
+def public_config(unet: nn.Module) -> dict[str, Any]:
+    """Constructor arguments of a diffusers network, without private keys such as ``_name_or_path`` (it leaks a local
+    path).
+    """
+    config: Mapping[str, Any] = unet.config  # type: ignore[assignment]
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in config.items() if not k.startswith("_")}
+
+
+def saved_bytes(unet: nn.Module, dtype: torch.dtype | None = None) -> int:
+    """Bytes that :func:`save_folder` needs, with a margin of 1 MiB for the small files."""
+    size = sum(
+        t.numel() * (dtype.itemsize if dtype is not None and t.is_floating_point() else t.element_size())
+        for t in unet.state_dict().values()
+    )
+    return size + (1 << 20)
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------------- all or nothing
+
+
+def check_target(target: str | os.PathLike[str], overwrite: bool = False, *, need_bytes: int = 0) -> Path:
+    """Refuse, before any work, a target that could not be written at the end. Leaves nothing on disk.
+
+    Returns:
+        The target with symbolic links resolved.
+
+    Raises:
+        UserError: a file is in the way, the folder is not empty and `overwrite` is off, the place is not writable, or
+        has less
+            than `need_bytes` free. With `overwrite` also: the folder contains the current or the home folder.
+    """
+    path = Path(os.path.realpath(Path(target).expanduser()))
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{target}: exists and is not a folder.")
+    if path.is_dir() and any(path.iterdir()):
+        if not overwrite:
+            raise UserError(
+                f"{target}: exists and is not empty; choose another folder or allow overwriting (--overwrite)."
+            )
+        for precious in (Path.cwd(), Path.home()):
+            if precious == path or path in precious.parents:
+                raise UserError(f"{target}: refusing to overwrite a folder that contains {precious}.")
+    if path.is_dir() and os.path.ismount(path):
+        raise UserError(f"{target}: is a mount point, which cannot be replaced in one step; choose a folder inside it.")
+    place = path.parent
+    while not place.exists():
+        place = place.parent
+    try:
+        # os.access says yes to root and on some network mounts where writing then fails, so write.
+        os.rmdir(tempfile.mkdtemp(prefix=".wanda_fast-probe-", dir=place))
+    except OSError as error:
+        raise UserError(f"{target}: cannot write into {place} ({error.strerror}).") from error
+    free = shutil.disk_usage(place).free
+    if free < need_bytes:
+        raise UserError(
+            f"{target}: needs about {need_bytes / 2**20:.0f} MiB, but {place} has {free / 2**20:.0f} MiB free."
+        )
+    return path
+
+
+@contextlib.contextmanager
+def atomic_folder(target: str | os.PathLike[str], overwrite: bool = False, *, need_bytes: int = 0) -> Iterator[Path]:
+    """Give an empty folder beside `target` to fill; when the block ends it becomes `target` in one step.
+
+    A kill at any moment leaves the old state or the complete new folder. An exception (Ctrl-C included) removes the
+    unfinished folder; a kill leaves it under a dot-name, and the next run for the same target removes it (a lock shows
+    that its owner is gone). An old folder is swapped with ``renameat2(RENAME_EXCHANGE)``. Where the system or the
+    filesystem lacks that call, two renames follow each other, and a kill between them leaves the old folder under a
+    dot-name that the next run puts back.
+
+    Raises:
+        UserError: as :func:`check_target`, or the disk filled up while writing.
+    """
+    path = check_target(target, overwrite, need_bytes=need_bytes)
+    made = _make_parents(path.parent)
+    try:
+        _recover(path)
+        with _locked_temp(path) as temp:
+            try:
+                yield temp
+                _sync(temp)
+                _commit(temp, path)
+            finally:
+                # After an exchange the temp name holds the old folder, so one removal serves success and failure.
+                shutil.rmtree(temp, ignore_errors=True)
+    except BaseException as error:
+        for parent in reversed(made):
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        if _is_disk_error(error):
+            raise UserError(f"{target}: writing failed ({_os_reason(error)}); nothing was left behind.") from error
+        raise
+
+
+def _make_parents(parent: Path) -> list[Path]:
+    """Create missing parents; return those made, outermost first."""
+    missing = []
+    while not parent.exists():
+        missing.append(parent)
+        parent = parent.parent
+    missing.reverse()
+    for folder in missing:
+        folder.mkdir(exist_ok=True)
+    return missing
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name}.wanda_fast-"
+
+
+def _lock(folder: Path) -> int | None:
+    """A file descriptor that holds an exclusive lock on `folder` until closed or until the process dies; None where it
+    is taken.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has neither flock nor directory descriptors
+        return None
+    try:
+        fd = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(fd).st_ino == os.stat(folder).st_ino:  # still there, not removed before the lock was held
+            return fd
+    except OSError:
+        pass
+    os.close(fd)
+    return None
+
+
+@contextlib.contextmanager
+def _locked_temp(path: Path) -> Iterator[Path]:
+    for _ in range(100):
+        temp = Path(tempfile.mkdtemp(prefix=_prefix(path), suffix=".partial", dir=path.parent))
+        fd = _lock(temp)
+        if fd is not None or sys.platform == "win32":
+            break
+        shutil.rmtree(temp, ignore_errors=True)
+    else:
+        raise OSError(errno.ENOLCK, "cannot lock a folder", str(path.parent))
+    try:
+        mask = os.umask(0)
+        os.umask(mask)
+        temp.chmod(0o777 & ~mask)  # mkdtemp gives 0700, which is right for secrets and wrong for a result
+        yield temp
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+        if fd is not None:
+            os.close(fd)
+
+
+def _recover(path: Path) -> None:
+    """Clean up after killed runs for the same target: put an old folder back if the target is missing, drop unfinished
+    ones.
+    """
+    leftovers = sorted(p for p in path.parent.iterdir() if p.name.startswith(_prefix(path)) and p.is_dir())
+    for leftover in leftovers:
+        fd = _lock(leftover)
+        if fd is None:
+            continue
+        try:
+            if leftover.suffix == ".old" and not path.exists():
+                leftover.rename(path)
+            else:
+                shutil.rmtree(leftover, ignore_errors=True)
+        finally:
+            os.close(fd)
+
+
+def _sync(folder: Path) -> None:
+    """Flush every file and folder below, so that the rename cannot reach the disk before the content."""
+    for root, _, files in os.walk(folder):
+        for name in [*files, "."]:
+            fd = os.open(os.path.join(root, name), os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some filesystems do not sync folders
+                    raise
+            finally:
+                os.close(fd)
+
+
+def _commit(temp: Path, path: Path) -> None:
+    if path.is_dir() and any(path.iterdir()):
+        if not _exchange(temp, path):
+            old = Path(f"{temp.with_suffix('')}.old")
+            try:
+                path.rename(old)
+                temp.rename(path)
+            except BaseException:
+                if old.exists() and not path.exists():
+                    old.rename(path)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.rename(temp, path)  # replaces an empty folder too
+    with contextlib.suppress(OSError):
+        fd = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two names in one step; False where the system or filesystem cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    at_fdcwd, rename_exchange = -100, 2
+    if renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), ctypes.c_uint(rename_exchange)) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(b))
+
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
+
+
+def _is_disk_error(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in _DISK_ERRORS
+    # safetensors reports the system's error as text: "... (os error 28)"
+    return type(error).__name__ == "SafetensorError" and any(f"os error {c})" in str(error) for c in _DISK_ERRORS)
+
+
+def _os_reason(error: BaseException) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+
+
+def folder_bytes(folder: str | os.PathLike[str]) -> int:
+    """Bytes of all files below a folder."""
+    return sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
+
+
+def human_bytes(count: int) -> str:
+    """1234567 → "1.2 MB" (decimal units, as disks are sold)."""
+    if count < 1000:
+        return f"{count} B"
+    power = min(int(math.log(count, 1000)), 4)
+    return f"{count / 1000**power:.1f} {['B', 'kB', 'MB', 'GB', 'TB'][power]}"
