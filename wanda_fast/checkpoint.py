@@ -10,11 +10,10 @@ Saving, ``stock`` layout. The network lies at the root and ``model_index.json`` 
 a pipeline in the subfolder of its name and falls back to the root where there is none, so one copy of the weights
 serves both ``UNet2DModel.from_pretrained(dir)`` and ``DDPMPipeline.from_pretrained(dir)``.
 
-Saving, ``free`` layout. Widths differ per slot, which the constructor of ``UNet2DModel`` cannot express. The true
-configuration and the widths lie under ``dense_config`` and ``widths`` of ``config.json``; the entries that stock
-diffusers reads name :func:`load_pruned` instead of a block type, so ``UNet2DModel.from_pretrained`` stops with that
-sentence. Without this it would report a shape mismatch and recommend ``ignore_mismatched_sizes``, which opens the
-folder with random weights.
+Saving, ``free`` layout. Widths differ per slot, which the constructor of ``UNet2DModel`` cannot express: it knows one
+width per level. ``config.json`` therefore names ``PrunedUNet2DModel`` and holds the dense configuration and the pruning
+record; ``model_index.json`` names ``wanda_fast``, so stock diffusers stops with that name. :func:`load_pruned` opens
+it.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ import contextlib
 import ctypes
 import errno
 import json
+import logging
 import math
 import os
 import re
@@ -45,13 +45,9 @@ if TYPE_CHECKING:
 ASSETS = Path(__file__).resolve().parent / "assets"
 BUNDLED_NAME = "ddpm-cifar10-small"
 BUNDLED_MODEL = ASSETS / BUNDLED_NAME
-LAYOUTS = ("stock", "free")
 FREE_CLASS = "PrunedUNet2DModel"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
-_FREE_NOTICE = (
-    "This folder is in wanda_fast's free layout (widths differ per slot): open it with wanda_fast.load_pruned(folder). "
-)
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # What `from_pretrained` needs and nothing else: no pickles, no images, no other weight formats.
@@ -144,9 +140,8 @@ def load_pruned(
 
     Stock diffusers opens the ``stock`` layout by itself. It cannot open the ``free`` one: there the widths differ from
     slot to slot, while the constructor of ``UNet2DModel`` knows one width per level. This function builds the dense
-    shape, cuts every tensor to the widths recorded in ``config.json`` and then reads the weights, strictly. Use
-    :func:`save_folder` to save such a network again: ``save_pretrained`` would write a config that does not describe
-    it.
+    shape, cuts every tensor to the recorded widths and then reads the weights, strictly. (Importing
+    ``wanda_fast.pruned_unet`` first makes ``DDPMPipeline.from_pretrained`` work too, since the class is known then.)
 
     Raises:
         UserError: as :func:`load_pipeline`.
@@ -297,31 +292,48 @@ def _read_weights(files: list[Path]) -> dict[str, Tensor]:
     return weights
 
 
-def _build_stock(config: Mapping[str, Any], config_file: Path) -> nn.Module:
+def _empty_unet(config: Mapping[str, Any], device: str) -> Any:
+    """A stock or free network of this config; on the meta device it costs no memory."""
+    if "pruning" in config:
+        from . import compact
+
+        dense = {k: v for k, v in config.items() if k != "pruning"}
+        return compact.build_free(dense, config["pruning"], device=device)
     from diffusers import UNet2DModel
 
+    logger = logging.getLogger("diffusers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # diffusers remarks on every attention layer built without attention_head_dim
     try:
-        return UNet2DModel.from_config(dict(config))
+        with torch.device(device):
+            return UNet2DModel.from_config(dict(config))
+    finally:
+        logger.setLevel(level)
+
+
+def _build_stock(config: Mapping[str, Any], config_file: Path) -> nn.Module:
+    try:
+        return _empty_unet(config, "cpu")
     except Exception as error:  # any constructor error means that this config describes no network
-        raise UserError(
-            f"{config_file}: UNet2DModel cannot be built from it ({type(error).__name__}: {error})."
-        ) from error
+        raise UserError(f"{config_file}: {_no_network('UNet2DModel', error)}") from error
+
+
+def _no_network(class_name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()
+    return f"no {class_name} can be built from it ({type(error).__name__}: {reason[0] if reason else ''})."
 
 
 def _build_free(raw: Mapping[str, Any], config_file: Path) -> tuple[nn.Module, dict[str, Any]]:
-    config, widths = raw.get("dense_config"), raw.get("widths")
-    if not isinstance(config, dict) or not isinstance(widths, dict):
-        raise UserError(f"{config_file}: a {FREE_CLASS} needs dense_config and widths.")
-    from . import compact
-
+    config = {k: v for k, v in raw.items() if not k.startswith("_") and k != "pruning"}
+    record = raw.get("pruning")
+    if not isinstance(record, dict):
+        raise UserError(f"{config_file}: a {FREE_CLASS} needs the entry pruning.")
     try:
-        return compact.build(config, widths), config
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"{config_file}: no network can be built from dense_config and widths ({type(error).__name__}: {error})."
-        ) from error
+        return _empty_unet({**config, "pruning": record}, "cpu"), config
+    except UserError as error:
+        raise UserError(f"{config_file}: {error}") from error
+    except Exception as error:  # the config describes no network
+        raise UserError(f"{config_file}: {_no_network(FREE_CLASS, error)}") from error
 
 
 def _modern_names(weights: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
@@ -387,46 +399,32 @@ def save_folder(
     unet: nn.Module,
     scheduler: Any,
     *,
-    layout: str = "stock",
     dtype: torch.dtype | None = None,
-    dense_config: Mapping[str, Any] | None = None,
-    widths: Mapping[str, Any] | None = None,
-) -> None:
+) -> str:
     """Write ``config.json``, the weights, ``scheduler/`` and ``model_index.json`` into an existing folder.
 
     Call it inside :func:`atomic_folder`; it does not protect against a kill by itself.
 
     Args:
-        layout: "stock" takes the config from ``unet.config``; "free" needs `dense_config` and `widths`, what
-            ``compact.build(dense_config, widths)`` rebuilds the empty network from. Both must be JSON.
+        unet: a UNet2DModel (stock layout) or a PrunedUNet2DModel (free layout: its config has the entry ``pruning``).
         dtype: of the saved weights, None for that of the network.
+
+    Returns:
+        The layout written, "stock" or "free".
+
+    Raises:
+        ValueError: the config does not describe the network, so that nothing could open the folder.
     """
     import diffusers
     from safetensors.torch import save_file
 
     target = Path(folder)
-    if layout not in LAYOUTS:
-        raise UserError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}.")
     version = diffusers.__version__
-    if layout == "stock":
-        config = {"_class_name": "UNet2DModel", "_diffusers_version": version, **public_config(unet)}
-        part = ["diffusers", "UNet2DModel"]
-    else:
-        if dense_config is None or widths is None:
-            raise ValueError("the free layout needs dense_config and widths")
-        dense = {k: v for k, v in dense_config.items() if not k.startswith("_")}
-        blocks = [_FREE_NOTICE + str(b) for b in dense["down_block_types"]]
-        config = {
-            "_class_name": FREE_CLASS,
-            "_diffusers_version": version,
-            "dense_config": dense,
-            "widths": dict(widths),
-            "down_block_types": blocks,
-            "up_block_types": list(dense["up_block_types"]),
-            "block_out_channels": list(dense["block_out_channels"]),
-            "norm_num_groups": dense.get("norm_num_groups", 32),
-        }
-        part = ["wanda_fast", FREE_CLASS]
+    config = public_config(unet)
+    free = "pruning" in config
+    part = ["wanda_fast", FREE_CLASS] if free else ["diffusers", "UNet2DModel"]
+    _check_config(unet, config)
+    config = {"_class_name": part[1], "_diffusers_version": version, **config}
     _write_json(target / "config.json", config)
     state = {
         n: t.detach().to("cpu", dtype if t.is_floating_point() else None).contiguous().clone()
@@ -445,6 +443,18 @@ def save_folder(
             "unet": part,
         },
     )
+    return "free" if free else "stock"
+
+
+def _check_config(unet: nn.Module, config: Mapping[str, Any]) -> None:
+    """The config must rebuild exactly this network; `save_pretrained` would not notice that it does not."""
+    twin = _empty_unet(config, "meta")
+    want = {n: tuple(t.shape) for n, t in twin.state_dict().items()}
+    have = {n: tuple(t.shape) for n, t in unet.state_dict().items()}
+    wrong = sorted(n for n in want.keys() | have.keys() if want.get(n) != have.get(n))
+    if wrong:
+        name = wrong[0]
+        raise ValueError(f"the config does not describe the network: {name} {have.get(name)}, {want.get(name)}")
 
 
 def public_config(unet: nn.Module) -> dict[str, Any]:
