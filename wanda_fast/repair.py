@@ -1,0 +1,756 @@
+"""Closed-form repair of a pruned network: every layer is refitted to the dense network's outputs, nothing is trained.
+
+Layer by layer, in execution order: X is what the layer now receives in the pruned network (convolutions: unfolded patches,
+and a column of ones for the bias), Y is what the dense network puts out there, restricted to the kept channels. The weight
+becomes the ridge solution (XᵀX + λI) W' = XᵀY + λW, solved for the change: (XᵀX + λI) Δ = XᵀR with R = Y - XW. Since X
+comes from the layers repaired before, later layers absorb what earlier ones could not restore, shifted norm
+statistics included.
+
+Source: DESIGN "Least-squares repair"; the layer-wise reconstruction goes back to He et al. 2017, arXiv:1707.06168.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wanda_fast.conv_gram import conv_gram_shift, conv_gram_unfold, map_rows, patch_rows, row_gram, rows_weight, weight_rows
+from wanda_fast.lockstep import Event, Hooked, Walk, peak_bytes
+
+METHODS = ("lstsq", "bias", "none")
+TARGETS = ("block", "layer")
+
+Keep = dict[str, tuple["Tensor | None", "Tensor | None"]]
+Batch = tuple[Tensor, Tensor, "Tensor | None"]
+
+HELD_OUT = 8  # every 8th image of a batch judges the fit and takes no part in it
+_MIN_ROWS = 16384  # rows of a layer are not subsampled below this
+_HELD_ROWS = 4096  # rows of held-out images that are kept per layer
+# squared relative error below which a layer's output counts as equal to the dense one's: rounding of the forward pass
+_EXACT = {torch.float32: 1e-9, torch.float64: 1e-18, torch.float16: 1e-6, torch.bfloat16: 3e-5}
+
+
+@dataclass
+class LayerRepair:
+    """What happened to one layer. Errors are Σ(Y - Ŷ)² / Σ(Y - mean Y)² of what the layer was fitted to."""
+
+    layer: str
+    status: str  # refitted | exact (its output equals the dense one's) | kept (no fit was better) | skipped
+    error_before: float | None = None  # on the rows of the fit
+    error_after: float | None = None
+    held_before: float | None = None  # on images that took no part in the fit
+    held_after: float | None = None
+    rows: int = 0
+    unknowns: int = 0
+    ridge: float | None = None
+    seconds: float = 0.0
+    remark: str = ""
+
+    @property
+    def accepted(self) -> bool:
+        return self.status == "refitted"
+
+
+@dataclass
+class RepairReport:
+    """What a repair did: one entry per layer in execution order, and how it was run."""
+
+    method: str
+    layers: list[LayerRepair] = field(default_factory=list)
+    images: int = 0
+    replayed_images: int = 0  # images whose pass was run again for every layer, because memory did not hold them
+    seconds: float = 0.0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """One line for a person."""
+        done = [r for r in self.layers if r.accepted]
+        if self.method == "none":
+            return "repair: none"
+        if self.method == "bias":
+            return f"repair: {len(done)} biases corrected with {self.images} images in {self.seconds:.1f} s"
+        exact = sum(r.status == "exact" for r in self.layers)
+        before = _geometric_mean([r.held_before for r in done])
+        after = _geometric_mean([r.held_after for r in done])
+        return (
+            f"repair: {len(done)} of {len(self.layers)} layers refitted ({exact} were exact) with {self.images} images in "
+            f"{self.seconds:.1f} s; typical layer error {before:.2g} -> {after:.2g} on held-out images"
+        )
+
+
+def _geometric_mean(values: Sequence[float | None]) -> float:
+    logs = [math.log(v) for v in values if v]
+    return math.exp(sum(logs) / len(logs)) if logs else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------- stages
+
+
+@dataclass
+class _Stage:
+    """Layers that are fitted at one stop of the two passes.
+
+    inputs[i] is the pruned network's event that holds layer i's input. `joint`: the layers' outputs are added up and fitted to
+    one target together (a block's last convolution and its shortcut); otherwise they share one input, each with its own target.
+    """
+
+    kind: str  # linear | norm
+    layers: list[str]
+    inputs: list[Event]
+    joint: bool = False
+    block: str | None = None  # the target is this block's output, less what is added to the layers' output in the block
+
+    @property
+    def targets(self) -> list[Event]:
+        return [(self.block, "out")] if self.block else [(name, "out") for name in self.layers]
+
+    @property
+    def wanted(self) -> list[Event]:
+        extra = [(self.block, "in")] if self.block and (self.block, "in") not in self.inputs else []
+        return [*self.inputs, *extra]
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Conv2d, nn.Linear))
+
+
+def _find_blocks(model: nn.Module) -> dict[str, str]:
+    """Residual blocks whose output is (layer + shortcut) / factor: name of the last layer -> name of the block.
+
+    Recognised by their parts (diffusers' ResnetBlock2D without resampling, Attention with a residual connection), not by type.
+    """
+    found = {}
+    for name, m in model.named_modules():
+        if hasattr(m, "conv2") and hasattr(m, "output_scale_factor") and hasattr(m, "conv_shortcut"):
+            if getattr(m, "upsample", None) is None and getattr(m, "downsample", None) is None:
+                found[f"{name}.conv2"] = name
+        elif hasattr(m, "to_out") and getattr(m, "residual_connection", False) and hasattr(m, "rescale_output_factor"):
+            found[f"{name}.to_out.0"] = name
+    return found
+
+
+def _unsupported(module: nn.Module) -> str:
+    if isinstance(module, nn.Conv2d):
+        if module.groups != 1:
+            return "grouped convolution"
+        if module.dilation != (1, 1):
+            return "dilated convolution"
+        if module.padding_mode != "zeros" or isinstance(module.padding, str):
+            return f"padding {module.padding_mode} {module.padding}"
+    return ""
+
+
+def _plan_stages(
+    hooked: Hooked, call: Callable[[nn.Module], Any], names: list[str], blocks: dict[str, str], with_norms: bool
+) -> tuple[list[_Stage], dict[str, str], dict[str, str]]:
+    """Stages in execution order, reasons of the layers that are left alone, and for each norm the layer that reads it."""
+    modules = dict(hooked.model.named_modules())
+    order: list[str] = []
+    inputs: dict[str, Tensor] = {}
+    calls: dict[str, int] = {}
+
+    def listener(event: Event, value: Any) -> None:
+        name, side = event
+        if side == "in" and name not in blocks.values():
+            order.append(name)
+            calls[name] = calls.get(name, 0) + 1
+            inputs[name] = value  # kept alive, so that identity means "the same tensor"
+
+    hooked.listen(call, listener)
+    reasons = {name: "not reached by the forward pass" for name in names if name not in calls and _is_layer(modules[name])}
+    for name, times in calls.items():
+        why = _unsupported(modules[name]) or (f"called {times} times in one pass" if times > 1 else "")
+        if why:
+            reasons[name] = why
+    order = [name for name in order if name not in reasons]
+    reader = {}
+    for name, follower in zip(order, order[1:]):
+        if not _is_layer(modules[name]):
+            reader[name] = follower
+
+    stages: list[_Stage] = []
+    taken: set[str] = set()
+    for i, name in enumerate(order):
+        if name in taken:
+            continue
+        if not _is_layer(modules[name]):
+            if with_norms:
+                stages.append(_Stage("norm", [name], [(name, "in")]))
+            continue
+        if name in blocks:
+            block = blocks[name]
+            stage = _Stage("linear", [name], [(name, "in")], joint=True, block=block)
+            shortcut = f"{block}.conv_shortcut"
+            if shortcut in calls:
+                if shortcut in reasons:
+                    stage.joint, stage.block = False, None
+                else:
+                    stage.layers.append(shortcut)
+                    stage.inputs.append((block, "in"))
+            stages.append(stage)
+        else:
+            stage = _Stage("linear", [name], [(name, "in")])
+            for other in order[i + 1 :]:
+                if isinstance(modules[name], nn.Linear) and inputs[other] is inputs[name] and other not in blocks:
+                    stage.layers.append(other)
+                else:
+                    break
+            stages.append(stage)
+        taken.update(stage.layers)
+    return stages, reasons, reader
+
+
+# ------------------------------------------------------------------------------------------------------------------ maps
+
+
+def _as_map(value: Tensor, module: nn.Module) -> Tensor:
+    """A layer's input or output as [N, C, H, W] float32: Linear layers are 1 x 1 convolutions over a column of positions."""
+    if isinstance(module, nn.Linear):
+        value = value.reshape(value.shape[0], -1, value.shape[-1]).transpose(1, 2).unsqueeze(-1)
+    return value if value.dtype == torch.float64 else value.float()
+
+
+def _geometry(module: nn.Module) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    if isinstance(module, nn.Conv2d):
+        return module.kernel_size, module.stride, module.padding  # type: ignore[return-value]
+    return (1, 1), (1, 1), (0, 0)
+
+
+def _apply(module: nn.Module, x: Tensor) -> Tensor:
+    """The layer on a map, in x's dtype and outside of autocast."""
+    weight, bias = module.weight.to(x.dtype), None if module.bias is None else module.bias.to(x.dtype)
+    if isinstance(module, nn.Conv2d):
+        return F.conv2d(x, weight, bias, module.stride, module.padding)
+    return F.conv2d(x, weight[:, :, None, None], bias)
+
+
+def _select(value: Tensor, keep: Tensor | None) -> Tensor:
+    return value if keep is None else value.index_select(1, keep.to(value.device))
+
+
+def _map_gram(x: Tensor, y: Tensor, module: nn.Module, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """XᵀX [K+1, K+1] and XᵀY [K+1, C_out] over all positions of the maps x and y."""
+    geometry = _geometry(module)
+    if geometry == ((3, 3), (1, 1), (1, 1)):
+        return conv_gram_shift(x, y, weight)
+    if weight is not None:
+        raise ValueError("sample weights need a 3 x 3 convolution of stride 1 here")
+    return conv_gram_unfold(x, y, *geometry)
+
+
+class _Rows:
+    """What one stage takes from one batch: input maps, and the target map left to explain."""
+
+    def __init__(self, modules: list[nn.Module], maps: list[Tensor], target: Tensor) -> None:
+        self.modules, self.maps, self.target = modules, maps, target
+
+    def subset(self, index: Tensor) -> _Rows:
+        return _Rows(self.modules, [m.index_select(0, index) for m in self.maps], self.target.index_select(0, index))
+
+    @property
+    def positions(self) -> int:
+        return self.target.shape[-2] * self.target.shape[-1]
+
+    def gather(self, positions: Tensor | None, joint: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows X [M, K + 1] with a column of ones, residual R [M, C] of the present weights, target Y [M, C]."""
+        parts = [
+            patch_rows(x, *_geometry(m), positions) for m, x in zip(self.modules if joint else self.modules[:1], self.maps)
+        ]
+        y = map_rows(self.target, positions)
+        fits = []
+        for i, m in enumerate(self.modules):
+            out = (parts[i] if joint else parts[0]) @ weight_rows(m.weight.to(y.dtype))
+            fits.append(out if m.bias is None else out + m.bias.to(y.dtype))
+        fit = sum(fits[1:], fits[0]) if joint else torch.cat(fits, dim=1)
+        x = torch.cat([*parts, y.new_ones(len(y), 1)], dim=1)
+        return x, y - fit, y
+
+    def residual_map(self, joint: bool) -> Tensor:
+        outs = [_apply(m, x) for m, x in zip(self.modules, self.maps if joint else self.maps * len(self.modules))]
+        return self.target - (sum(outs[1:], outs[0]) if joint else torch.cat(outs, dim=1))
+
+
+# ----------------------------------------------------------------------------------------------------------------- sums
+
+
+class _Sums:
+    """Normal equations and error sums of one stage, in float64."""
+
+    def __init__(self, unknowns: int, outputs: int, device: torch.device) -> None:
+        # float64 does not exist on every device; the sums of one batch come in float32 and are added up on the CPU there
+        home = torch.device("cpu") if device.type == "mps" else device
+        zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=home)  # noqa: E731
+        self.home = home
+        self.xtx, self.xtr = zeros(unknowns + 1, unknowns + 1), zeros(unknowns + 1, outputs)
+        self.rr, self.y, self.yy = zeros(outputs), zeros(outputs), zeros(outputs)
+        self.rows = 0
+        self.held: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, xtx: Tensor, xtr: Tensor, r: Tensor, y: Tensor, dims: tuple[int, ...], weight: Tensor | None) -> None:
+        self.xtx += xtx.to(self.home)
+        self.xtr += xtr.to(self.home)
+        if weight is not None:
+            y_w, r_w = y * weight, r * weight
+        else:
+            y_w, r_w = y, r
+        self.y += y_w.sum(dims).to(self.home)
+        self.yy += (y_w * y).sum(dims).to(self.home)
+        self.rr += (r_w * r).sum(dims).to(self.home)
+        self.rows += y[..., 0].numel() if dims == (0,) else y[:, 0].numel()
+
+    @property
+    def spread(self) -> Tensor:
+        """Σ(Y - mean Y)² per output; ΣY² where the output is constant."""
+        spread = self.yy - self.y.square() / self.xtx[-1, -1].clamp_min(1e-300)
+        return torch.where(spread > 1e-12 * self.yy, spread, self.yy).clamp_min(1e-300)
+
+    def error(self, delta: Tensor | None, columns: slice) -> float:
+        rr = self.rr[columns].sum()
+        if delta is not None:
+            d = delta[:, columns]
+            rr = rr - 2 * (d * self.xtr[:, columns]).sum() + (d * (self.xtx @ d)).sum()
+        return float(rr.clamp_min(0) / self.spread[columns].sum())
+
+    def held_error(self, delta: Tensor | None, columns: slice) -> float | None:
+        if not self.held:
+            return None
+        rr = yy = total = 0.0
+        y_sum: Tensor | float = 0.0
+        count = 0
+        for x, r, y in self.held:
+            if delta is not None:
+                r = r - x @ delta.to(device=x.device, dtype=x.dtype)
+            rr += float(r[:, columns].double().square().sum())
+            y_sum = y_sum + y[:, columns].double().sum(0)
+            yy += float(y[:, columns].double().square().sum())
+            count += len(y)
+        total = yy - float((y_sum * y_sum).sum()) / max(count, 1)  # type: ignore[operator]
+        return rr / max(total if total > 1e-12 * yy else yy, 1e-300)
+
+
+def solve_ridge(xtx: Tensor, xtr: Tensor, ridge: float) -> tuple[Tensor, float, str]:
+    """Δ that minimises ‖R - XΔ‖² + λ‖Δ‖² with λ = ridge · mean diagonal of the centred XᵀX; the last column of X is ones, unpenalised.
+
+    Args:
+        xtx: [K+1, K+1] float64, xtr: [K+1, C] float64.
+
+    Returns:
+        Δ [K+1, C], the ridge that was used, a remark ("" if there is nothing to say). A matrix that is not positive
+        definite at this ridge raises the ridge tenfold until it is.
+    """
+    n = xtx[-1, -1]
+    mean = xtx[-1, :-1] / n  # [K]
+    gram = xtx[:-1, :-1] - torch.outer(mean, mean) * n
+    rhs = xtr[:-1] - mean[:, None] * xtr[-1]
+    diagonal = gram.diagonal().clamp_min(0)
+    scale = float(diagonal.mean())
+    constant = int((diagonal <= 1e-9 * xtx.diagonal()[:-1]).sum())
+    remarks = [f"{constant} constant inputs"] if constant else []
+    delta = torch.zeros_like(xtr)
+    used = ridge
+    if scale > 0:
+        for _ in range(12):
+            shifted = gram.clone()
+            shifted.diagonal().add_(used * scale)
+            factor, info = torch.linalg.cholesky_ex(shifted)
+            if int(info) == 0:
+                delta[:-1] = torch.cholesky_solve(rhs, factor)
+                if bool(torch.isfinite(delta).all()):
+                    break
+            used = max(used * 10, 1e-12)
+        else:
+            raise RuntimeError("the normal equations cannot be solved at any ridge")
+        if used != ridge:
+            remarks.append(f"rank-deficient: ridge raised to {used:.0e}")
+    delta[-1] = (xtr[-1] - (mean * n) @ delta[:-1]) / n
+    return delta, used, ", ".join(remarks)
+
+
+# ---------------------------------------------------------------------------------------------------------------- repair
+
+
+def repair(
+    dense: nn.Module,
+    pruned: nn.Module,
+    keep: Keep,
+    batches: Callable[[], Iterable[Batch]],
+    *,
+    method: str = "lstsq",
+    target: str = "block",
+    ridge: float | Sequence[float] = (1e-4, 1e-3, 1e-2, 1e-1),
+    norms: bool = False,
+    max_rows: int | None = None,
+    rows_per_unknown: float | None = None,
+    subsample: str = "positions",
+    timestep_weight: Callable[[Tensor], Tensor] | None = None,
+    passes: int = 1,
+    memory_limit: int | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    progress: bool = False,
+) -> RepairReport:
+    """Refit every layer of `pruned` to the dense network's outputs by least squares, in place."""
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+    started = time.perf_counter()
+    report = RepairReport(method)
+    if method == "none":
+        return report
+    home = torch.device(device) if device is not None else next(pruned.parameters()).device
+    work_dense, work = (_working_copy(m, home) for m in (dense, pruned))
+    run = _Run(work_dense, work, keep, batches, home, dtype, seed, report)
+    if method == "bias":
+        run.fold_means()
+    else:
+        ridges = (ridge,) if isinstance(ridge, (int, float)) else tuple(ridge)
+        for _ in range(passes):
+            run.least_squares(
+                target, ridges, norms, max_rows, rows_per_unknown, subsample, timestep_weight, memory_limit, progress
+            )
+    source, destination = dict(work.named_modules()), dict(pruned.named_modules())
+    with torch.no_grad():
+        for name in {r.layer for r in report.layers if r.accepted}:
+            for to, value in ((destination[name].weight, source[name].weight), (destination[name].bias, source[name].bias)):
+                if to is not None:
+                    to.copy_(value)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+class _Run:
+    def __init__(
+        self,
+        dense: nn.Module,
+        pruned: nn.Module,
+        keep: Keep,
+        batches: Callable[[], Iterable[Batch]],
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int,
+        report: RepairReport,
+    ) -> None:
+        self.dense, self.pruned, self.keep, self.batches = dense, pruned, keep, batches
+        self.device, self.dtype, self.seed, self.report = device, dtype, seed, report
+        self.dense_modules, self.modules = dict(dense.named_modules()), dict(pruned.named_modules())
+        self.layers = [n for n, m in self.modules.items() if _is_layer(m)]
+        missing = [n for n in self.layers if n not in self.dense_modules]
+        if missing:
+            raise ValueError(f"the dense network has no layer {missing[0]}")
+
+    # ----------------------------------------------------------------------------------------------------------- passes
+
+    def call(self, batch: Batch) -> Callable[[nn.Module], Any]:
+        x, t, labels = (None if v is None else v.to(self.device) for v in batch)
+        extra = {} if labels is None else {"class_labels": labels}
+
+        def run(model: nn.Module) -> None:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            low = self.dtype in (torch.bfloat16, torch.float16)
+            cast: Any = torch.autocast(self.device.type, self.dtype, cache_enabled=False) if low else nullcontext()
+            with torch.no_grad(), cast:
+                model(x.float(), t, **extra)  # type: ignore[union-attr]
+
+        return run
+
+    def output_scale(self, name: str) -> float:
+        """Factor on the dense output of a query projection: pruning may fold the change of the softmax scale into it."""
+        parent, _, leaf = name.rpartition(".")
+        if leaf == "to_q" and hasattr(self.modules[parent], "scale") and hasattr(self.dense_modules[parent], "scale"):
+            return float(self.dense_modules[parent].scale) / float(self.modules[parent].scale)  # type: ignore[arg-type]
+        return 1.0
+
+    def rows_of(self, stage: _Stage, dense: Walk, pruned: Walk) -> _Rows:
+        """Advance both passes to the stage and read what it needs."""
+        dense.advance(stage.targets)
+        pruned.advance(stage.wanted)
+        got = {event: pruned.take(event) for event in stage.wanted}
+        modules = [self.modules[name] for name in stage.layers]
+        maps = [_as_map(got[event], m) for event, m in zip(stage.inputs, modules)]
+        outs = [dense.take(event) for event in stage.targets]
+        if stage.block is None:
+            parts = [
+                _select(_as_map(out, m), self.keep.get(name, (None, None))[0]) * self.output_scale(name)
+                for out, m, name in zip(outs, modules, stage.layers)
+            ]
+            return _Rows(modules, maps, torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])
+        block = self.dense_modules[stage.block]
+        factor = getattr(block, "output_scale_factor", None) or getattr(block, "rescale_output_factor", 1.0)
+        goal = _select(outs[0].float(), self.keep.get(stage.layers[0], (None, None))[0]) * float(factor)
+        if len(stage.layers) == 1:  # what the block adds to the layer as it is
+            goal = goal - got[(stage.block, "in")].float()
+        if isinstance(modules[0], nn.Linear):
+            goal = goal.flatten(2).unsqueeze(-1)
+        return _Rows(modules, maps, goal)
+
+    # ------------------------------------------------------------------------------------------------------ least squares
+
+    def least_squares(
+        self,
+        target: str,
+        ridges: tuple[float, ...],
+        norms: bool,
+        max_rows: int | None,
+        rows_per_unknown: float | None,
+        subsample: str,
+        timestep_weight: Callable[[Tensor], Tensor] | None,
+        memory_limit: int | None,
+        progress: bool,
+    ) -> None:
+        self.ridges, self.max_rows, self.rows_per_unknown = ridges, max_rows, rows_per_unknown
+        self.subsample, self.timestep_weight = subsample, timestep_weight
+        blocks = _find_blocks(self.pruned) if target == "block" else {}
+        norm_names = [n for n, m in self.modules.items() if isinstance(m, nn.GroupNorm)] if norms else []
+        watched = [*self.layers, *norm_names, *blocks.values()]
+        walks: list[tuple[Walk, Walk, Tensor]] = []
+        with Hooked(self.dense, watched) as dense, Hooked(self.pruned, watched) as pruned:
+            first = next(iter(self.batches()))
+            one: Batch = (first[0][:1], first[1][:1], None if first[2] is None else first[2][:1])
+            stages, reasons, reader = _plan_stages(pruned, self.call(one), watched, blocks, norms)
+            per_image = peak_bytes(lambda: self.call(one)(self.dense)) + peak_bytes(lambda: self.call(one)(self.pruned))
+            budget = _memory_budget(self.device) if memory_limit is None else memory_limit
+            self.report.layers += [LayerRepair(n, "skipped", remark=why) for n, why in reasons.items()]
+            sticky = [event for stage in stages for event in stage.wanted]
+            try:
+                images = 0
+                replayed = 0
+                sizes = []
+                for batch in self.batches():
+                    n = len(batch[0])
+                    sizes.append(n)
+                    if walks and (images + n) * per_image > budget:
+                        replayed += n
+                        continue
+                    images += n
+                    call = self.call(batch)
+                    walks.append((Walk(dense, call), Walk(pruned, call, sticky), batch[1]))
+                self.report.images, self.report.replayed_images = images + replayed, replayed
+                self.total = sum(n - _held_index(n, self.device).numel() for n in sizes)
+                self.total_held = sum(sizes) - self.total
+
+                def records(stage: _Stage) -> Iterator[tuple[_Rows, Tensor]]:
+                    for a, b, t in walks:
+                        yield self.rows_of(stage, a, b), t
+                    if not replayed:
+                        return
+                    for i, batch in enumerate(self.batches()):
+                        if i < len(walks):
+                            continue
+                        call = self.call(batch)
+                        a, b = Walk(dense, call), Walk(pruned, call, stage.wanted)
+                        try:
+                            yield self.rows_of(stage, a, b), batch[1]
+                        finally:
+                            a.close()
+                            b.close()
+
+                for number, stage in enumerate(_progress(stages, progress)):
+                    begun = time.perf_counter()
+                    with torch.no_grad():
+                        if stage.kind == "norm":
+                            results = self.fit_norm(stage, records(stage), reader)
+                        else:
+                            results = self.fit(stage, records(stage), number)
+                    for r in results:
+                        r.seconds = (time.perf_counter() - begun) / len(results)
+                    self.report.layers += results
+            finally:
+                for a, b, _ in walks:
+                    a.close()
+                    b.close()
+
+    def fit(self, stage: _Stage, records: Iterator[tuple[_Rows, Tensor]], number: int) -> list[LayerRepair]:
+        modules = [self.modules[name] for name in stage.layers]
+        widths = [m.weight[0].numel() for m in modules]
+        unknowns = sum(widths) if stage.joint else widths[0]
+        outs = [m.weight.shape[0] for m in modules]
+        edges = [sum(outs[:i]) for i in range(len(outs) + 1)]
+        groups = [slice(0, outs[0])] if stage.joint else [slice(a, b) for a, b in zip(edges, edges[1:])]
+        sums = _Sums(unknowns, groups[-1].stop, self.device)
+        label = " + ".join(stage.layers)
+        for index, (data, t) in enumerate(records):
+            self.collect(sums, stage, data, t, unknowns, number * 100003 + index)
+            if index == 0:
+                # sums of the first batch tell whether anything was disturbed at all up to here
+                if all(sums.error(None, g) <= _EXACT[self.dtype] for g in groups):
+                    return [
+                        LayerRepair(name, "exact", 0.0, 0.0, rows=sums.rows, unknowns=unknowns) for name in stage.layers
+                    ]
+        if not (bool(torch.isfinite(sums.xtx).all()) and bool(torch.isfinite(sums.xtr).all())):
+            raise RuntimeError(f"non-finite values in the input or output of layer {label}: the repair cannot continue")
+        tries = []
+        for ridge in self.ridges:
+            delta, used, remark = solve_ridge(sums.xtx, sums.xtr, ridge)
+            tries.append((delta, used, remark, [sums.held_error(delta, g) for g in groups]))
+        results = []
+        for i, g in enumerate(groups):
+            before, held_before = sums.error(None, g), sums.held_error(None, g)
+            delta, used, remark, helds = min(tries, key=lambda entry: entry[3][i] if entry[3][i] is not None else 0.0)
+            after, held = sums.error(delta, g), helds[i]
+            remarks = [remark] if remark else []
+            if sums.rows < unknowns:
+                remarks.append(f"{sums.rows} rows for {unknowns} unknowns")
+            better = after < before and (held is None or held_before is None or held < held_before)
+            if better:
+                self.change(modules if stage.joint else modules[i : i + 1], delta[:, g])
+            else:
+                remarks.append("no fit was better")
+            results.append(
+                LayerRepair(
+                    stage.layers[i],
+                    "refitted" if better else "kept",
+                    before,
+                    after if better else before,
+                    held_before,
+                    held if better else held_before,
+                    sums.rows,
+                    unknowns,
+                    used,
+                    remark=", ".join(remarks),
+                )
+            )
+        if stage.joint:  # fitted together: one result, told of each layer
+            results += [
+                LayerRepair(**{**asdict(results[0]), "layer": n, "remark": f"fitted with {stage.layers[0]}"})
+                for n in stage.layers[1:]
+            ]
+        return results
+
+    def collect(self, sums: _Sums, stage: _Stage, data: _Rows, t: Tensor, unknowns: int, seed: int) -> None:
+        """Add one batch to the normal equations."""
+        n = len(data.target)
+        held = _held_index(n, self.device)
+        fit = torch.ones(n, dtype=torch.bool)
+        fit[held.cpu()] = False
+        chosen = fit.nonzero().flatten()
+        generator = torch.Generator().manual_seed(self.seed * 7919 + seed)
+        if len(held):
+            share = max(1, math.ceil(_HELD_ROWS / self.total_held))
+            part = data.subset(held)
+            sums.held.append(part.gather(self.pick(len(held), part.positions, share, generator), stage.joint))
+        wanted = self.row_budget(unknowns)
+        per_image = data.positions if wanted is None else min(data.positions, max(1, math.ceil(wanted / self.total)))
+        geometry = _geometry(data.modules[0])
+        shift = geometry == ((3, 3), (1, 1), (1, 1))
+        weight = None if self.timestep_weight is None else self.timestep_weight(t[chosen].cpu()).to(self.device).float()
+        whole = per_image >= data.positions * (0.35 if shift else 1.0)
+        if not whole and self.subsample == "images" and wanted is not None and data.positions > 1:
+            count = max(1, math.ceil(len(chosen) * wanted / (self.total * data.positions)))
+            pick = torch.linspace(0, len(chosen) - 1, count).round().long()
+            chosen, weight, whole = chosen[pick], None if weight is None else weight[pick.to(self.device)], True
+        part = data.subset(chosen.to(self.device))
+        if whole and shift:
+            r = part.residual_map(stage.joint)
+            scale = None if weight is None else weight[:, None, None, None]
+            if stage.joint and len(part.maps) == 2:
+                second = part.maps[1]
+                xtx, both = _map_gram(part.maps[0], torch.cat([r, second], dim=1), data.modules[0], weight)
+                c = r.shape[1]
+                rows, r_rows = map_rows(second, None), map_rows(r, None)
+                if weight is not None:
+                    r_rows = r_rows * weight.repeat_interleave(part.positions)[:, None]
+                    g2, b2 = rows.t() @ (rows * weight.repeat_interleave(part.positions)[:, None]), rows.t() @ r_rows
+                else:
+                    g2, b2 = row_gram(rows, r_rows)
+                k = xtx.shape[0] - 1
+                cross = both[:, c:]
+                xtx = torch.cat(
+                    [
+                        torch.cat([xtx[:k, :k], cross[:k], xtx[:k, k:]], dim=1),
+                        torch.cat([cross[:k].t(), g2, cross[k:].t()], dim=1),
+                        torch.cat([xtx[k:, :k], cross[k:], xtx[k:, k:]], dim=1),
+                    ]
+                )
+                xtr = torch.cat([both[:k, :c], b2, both[k:, :c]])
+            else:
+                xtx, xtr = _map_gram(part.maps[0], r, data.modules[0], weight)
+            sums.add(xtx, xtr, r, part.target, (0, 2, 3), scale)
+            return
+        positions = None if whole else self.pick(len(chosen), data.positions, per_image, generator)
+        x, r, y = part.gather(positions, stage.joint)
+        if weight is None:
+            sums.add(*row_gram(x, r), r, y, (0,), None)
+        else:
+            root = weight.repeat_interleave(len(x) // len(chosen))[:, None].sqrt()
+            sums.add(*row_gram(x * root, r * root), r, y, (0,), root.square())
+
+    def row_budget(self, unknowns: int) -> int | None:
+        wanted = None if self.rows_per_unknown is None else max(_MIN_ROWS, int(self.rows_per_unknown * unknowns))
+        if self.max_rows is not None:
+            wanted = self.max_rows if wanted is None else min(wanted, self.max_rows)
+        return wanted
+
+    def pick(self, n: int, size: int, count: int, generator: torch.Generator) -> Tensor | None:
+        """[n, count] positions of each image, drawn without repeats; None takes all."""
+        if count >= size:
+            return None
+        order = torch.rand(n, size, generator=generator).topk(count, dim=1).indices
+        return order.sort(dim=1).values.to(self.device)
+
+    def change(self, modules: list[nn.Module], delta: Tensor) -> None:
+        """Add Δ [K + 1, C] to the layers' weights, and its last row to the first bias."""
+        start = 0
+        bias = delta[-1]
+        for m in modules:
+            k = m.weight[0].numel()
+            m.weight += rows_weight(delta[start : start + k], m.weight.shape).to(m.weight)
+            start += k
+        for m in modules:
+            if m.bias is not None:
+                m.bias += bias.to(m.bias)
+                break
+
+    # ------------------------------------------------------------------------------------------------------------- norms
+
+    def fit_norm(self, stage: _Stage, records: Iterator[tuple[_Rows, Tensor]], reader: dict[str, str]) -> list[LayerRepair]:
+        raise NotImplementedError
+
+    # -------------------------------------------------------------------------------------------------------------- bias
+
+    def fold_means(self) -> None:
+        raise NotImplementedError
+
+
+def _working_copy(model: nn.Module, device: torch.device) -> nn.Module:
+    copied = copy.deepcopy(model).eval()
+    # nn.Module.to, because that of diffusers models warns at every change of dtype
+    return nn.Module.to(copied, device=device, dtype=torch.float32)
+
+
+def _held_index(n: int, device: torch.device) -> Tensor:
+    return torch.arange(HELD_OUT - 1, n, HELD_OUT, device=device)
+
+
+def _progress(stages: list[_Stage], show: bool) -> Iterable[_Stage]:
+    if not show:
+        return stages
+    from tqdm.auto import tqdm
+
+    return tqdm(stages, desc="repair", unit="layer")
+
+
+def _memory_budget(device: torch.device) -> int:
+    """Bytes that waiting passes may hold: 60 % of a GPU's free memory, 40 % of the free main memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * 0.6)
+    try:
+        return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 0.4)
+    except (ValueError, OSError, AttributeError):
+        return 4 << 30
