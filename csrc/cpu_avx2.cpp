@@ -1,0 +1,46 @@
+// The CPU operations for x86-64 processors with AVX2, FMA and F16C. Headers come before the target options: see cpu_kernels.h.
+
+#include "cpu_kernels.h"
+
+#include <cstddef>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#define WANDA_VECTOR_BYTES 32
+#define WANDA_NAME "avx2"
+#include "cpu_kernels.inc"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace wanda_fast {
+
+const CpuKernels* cpu_kernels_avx2() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") ? &kTable : nullptr;
+}
+
+}  // namespace wanda_fast
+
+#else
+
+namespace wanda_fast {
+
+const CpuKernels* cpu_kernels_avx2() { return nullptr; }
+
+}  // namespace wanda_fast
+
+#endif

@@ -1,0 +1,553 @@
+"""The operations as `torch.library` ops under `wanda_fast::`, their checks, and the choice of backend.
+
+Every operation has the plain PyTorch `reference`. Loading the compiled extension adds C++ for CPU tensors (`cpu`) and, where
+it was built with a CUDA toolkit, CUDA kernels (`cuda`), each under its own dispatch key; Triton kernels (`triton`) are separate
+ops named `<operation>_triton`, and nothing of Triton is imported before the first call of one.
+
+`backend="auto"` takes the best implementation for the tensor's device and logs once, with the reason, when the one written
+for it is missing. A named backend never falls back: it raises RuntimeError. The default is "auto", or the environment variable
+WANDA_FAST_BACKEND, or the last `set_backend`. WANDA_FAST_NO_EXTENSION=1 leaves the compiled extension unloaded.
+
+None of the operations is differentiable: results do not require gradients.
+
+A new operation is one `_define(...)` below, a wrapper with its checks, and a function in `reference.py`; C++ and CUDA
+register themselves when the extension is loaded, and `kernels/<triton module>.py` holds a launcher of the same name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wanda_fast import reference
+
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+_log = logging.getLogger("wanda_fast")
+_library = torch.library.Library("wanda_fast", "DEF")
+
+
+# ---- definitions --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Op:
+    name: str
+    reference: Callable[..., Any]  # same results as the op: float32, no views of its inputs
+    native: Callable[..., Any]  # the dispatcher's op: C++ or CUDA where registered, otherwise the reference
+    triton: Callable[..., Any] | None
+    homes: tuple[str, ...]  # backends that the project implements, best first; whether they are here is found out later
+
+
+_OPS: dict[str, _Op] = {}
+
+
+def _triton_impl(module: str, name: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"wanda_fast.kernels.{module}"), name)(*args)
+
+    return call
+
+
+def _define(
+    name: str,
+    signature: str,
+    reference_impl: Callable[..., Any],
+    fake: Callable[..., Any],
+    homes: tuple[str, ...],
+    triton_module: str | None = None,
+) -> None:
+    """Define `wanda_fast::name` (and `name_triton`) with its fake and, for every device, the reference."""
+    in_place = signature.endswith("-> ()")
+
+    def without_result(function: Callable[..., Any]) -> Callable[..., Any]:
+        if not in_place:
+            return function
+
+        def call(*args: Any) -> None:
+            function(*args)
+
+        return call
+
+    overloads = []
+    names = [(name, without_result(reference_impl))]
+    if triton_module is not None:
+        names.append((f"{name}_triton", without_result(_triton_impl(triton_module, name))))
+    for op_name, implementation in names:
+        _library.define(f"{op_name}{signature}", tags=(torch.Tag.needs_exact_strides,))
+        _library.impl(op_name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"wanda_fast::{op_name}", fake, lib=_library)
+        overloads.append(getattr(torch.ops.wanda_fast, op_name).default)
+    triton = overloads[1] if triton_module is not None else None
+    _OPS[name] = _Op(name, without_result(reference_impl), overloads[0], triton, homes)
+
+
+def _fake_channel_sq_norm(x: Tensor, rows: Tensor, out: Tensor) -> None:
+    return None
+
+
+def _reference_wanda_score(weight: Tensor, act_norm: Tensor) -> tuple[Tensor, Tensor]:
+    row, col = reference.wanda_score(weight, act_norm)
+    return row.float(), col.float()
+
+
+def _fake_wanda_score(weight: Tensor, act_norm: Tensor) -> tuple[Tensor, Tensor]:
+    return (
+        weight.new_empty(weight.shape[0], dtype=torch.float32),
+        weight.new_empty(act_norm.shape[0], dtype=torch.float32),
+    )
+
+
+def _reference_wanda_score_stats(weight: Tensor, sq: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor]:
+    row, col = reference.wanda_score_stats(weight, sq, row_weight)
+    return row.float(), col.float()
+
+
+def _fake_wanda_score_stats(weight: Tensor, sq: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor]:
+    return (
+        weight.new_empty(weight.shape[0], dtype=torch.float32),
+        weight.new_empty(sq.shape[1], dtype=torch.float32),
+    )
+
+
+def _fake_compact(
+    tensors: Sequence[Tensor], keep_out: Sequence[Tensor | None], keep_in: Sequence[Tensor | None]
+) -> list[Tensor]:
+    result = []
+    for t, rows, columns in zip(tensors, keep_out, keep_in, strict=True):
+        shape = list(t.shape)
+        if rows is not None:
+            shape[0] = rows.shape[0]
+        if columns is not None:
+            shape[1] = columns.shape[0]
+        result.append(torch.empty(shape, dtype=t.dtype, device=t.device, memory_format=reference.memory_format(t)))
+    return result
+
+
+_define(
+    "channel_sq_norm",
+    "(Tensor x, Tensor rows, Tensor(a!) out) -> ()",
+    reference.channel_sq_norm,
+    _fake_channel_sq_norm,
+    homes=("cpu", "triton"),
+    triton_module="channel_sq_norm",
+)
+_define(
+    "wanda_score",
+    "(Tensor weight, Tensor act_norm) -> (Tensor, Tensor)",
+    _reference_wanda_score,
+    _fake_wanda_score,
+    homes=("cpu", "triton"),
+    triton_module="wanda_score",
+)
+_define(
+    "wanda_score_stats",
+    "(Tensor weight, Tensor sq, Tensor row_weight) -> (Tensor, Tensor)",
+    _reference_wanda_score_stats,
+    _fake_wanda_score_stats,
+    homes=("cpu", "triton"),
+    triton_module="wanda_score",
+)
+_define(
+    "compact",
+    "(Tensor[] tensors, Tensor?[] keep_out, Tensor?[] keep_in) -> Tensor[]",
+    reference.compact,
+    _fake_compact,
+    homes=("cpu", "cuda"),
+)
+
+
+# ---- the compiled extension ---------------------------------------------------------------------------------------
+
+
+def _load_extension() -> str:
+    """Load `wanda_fast._C`, which registers its kernels; returns "" or why there is none."""
+    if os.environ.get("WANDA_FAST_NO_EXTENSION", "0") not in ("", "0"):
+        return "the compiled extension is switched off by WANDA_FAST_NO_EXTENSION"
+    spec = importlib.util.find_spec("wanda_fast._C")
+    if spec is None or spec.origin is None:
+        return "the compiled extension is missing (`pip install -v --no-build-isolation -e .` shows why it is not built)"
+    try:
+        torch.ops.load_library(spec.origin)
+    except (OSError, RuntimeError) as error:
+        return f"the compiled extension does not load: {str(error).splitlines()[0]}"
+    return ""
+
+
+_extension_error = _load_extension()
+
+
+# ---- choice of backend --------------------------------------------------------------------------------------------
+
+_current: str | None = None  # None: not asked for yet, the environment variable decides
+_selected: dict[tuple[str, str | None, str], tuple[str, Callable[..., Any]]] = {}
+_logged: set[str] = set()
+
+
+def _check_backend_name(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"backend: {name!r} is not one of {', '.join(BACKENDS)}")
+    return name
+
+
+def get_backend() -> str:
+    """Backend used where a call names none: the last `set_backend`, else WANDA_FAST_BACKEND, else "auto"."""
+    global _current
+    if _current is None:
+        _current = _check_backend_name(os.environ.get("WANDA_FAST_BACKEND") or "auto")
+    return _current
+
+
+def set_backend(name: str) -> None:
+    """Set the backend of all calls that name none.
+
+    Raises:
+        ValueError: there is no such backend.
+        RuntimeError: it cannot be used on this machine; the text says why.
+    """
+    global _current
+    _check_backend_name(name)
+    reason = "" if name == "auto" else available_backends()[name]
+    if reason:
+        raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    _current = name
+    _selected.clear()
+
+
+def resolve_name(backend: str | None) -> str:
+    """The backend that a call with this argument asks for."""
+    return get_backend() if backend is None else _check_backend_name(backend)
+
+
+def _triton_error(device_type: str | None) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    if device_type is None:
+        if interpreted or torch.cuda.is_available() or torch.xpu.is_available():
+            return ""
+        return "no GPU is visible (on the CPU Triton runs only with TRITON_INTERPRET=1)"
+    if device_type == "cpu" and not interpreted:
+        return "the tensor is on the CPU, where Triton runs only with TRITON_INTERPRET=1"
+    if device_type not in ("cpu", "cuda", "xpu"):
+        return f"Triton has no {device_type} device"
+    return ""
+
+
+def _native_error(backend: str, device_type: str | None) -> str:
+    if _extension_error:
+        return _extension_error
+    if backend == "cuda":
+        if not any(_has_kernel(op, "CUDA") for op in _OPS):
+            return "the compiled extension was built without CUDA"
+        if device_type is None and not torch.cuda.is_available():
+            return "no CUDA GPU is visible"
+    if device_type not in (None, backend):
+        return f"the tensor is on {device_type!r}"
+    return ""
+
+
+def _has_kernel(op: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"wanda_fast::{op}", key)
+
+
+def _error(op: _Op, backend: str, device_type: str) -> str:
+    """Why `op` cannot run on `backend` for tensors of this device; "" when it can."""
+    if backend == "reference":
+        return ""
+    if backend not in op.homes:
+        return f"{op.name} has no {backend} implementation, it has {', '.join(('reference', *op.homes))}"
+    if backend == "triton":
+        reason = _triton_error(device_type)
+    else:
+        reason = _native_error(backend, device_type)
+        if not reason and not _has_kernel(op.name, backend.upper()):
+            reason = f"the compiled extension has no {backend} kernel of {op.name}"
+    return reason
+
+
+def _select(name: str, backend: str | None, device_type: str) -> tuple[str, Callable[..., Any]]:
+    """(backend, function) for an operation; decided once for each argument and device."""
+    key = (name, backend, device_type)
+    found = _selected.get(key)
+    if found is None:
+        found = _selected[key] = _decide(_OPS[name], resolve_name(backend), device_type)
+    return found
+
+
+def _decide(op: _Op, asked: str, device_type: str) -> tuple[str, Callable[..., Any]]:
+    chosen = asked
+    if asked == "auto":
+        # Triton interpreted on the CPU is for tests: never chosen, only asked for.
+        wanted = [b for b in op.homes if (b == "cpu") == (device_type == "cpu")]
+        if device_type not in ("cpu", "cuda", "xpu"):
+            wanted = []
+        elif device_type == "xpu" or torch.version.hip is not None:
+            wanted = [b for b in wanted if b != "cuda"]
+        reasons = {b: _error(op, b, device_type) for b in wanted}
+        chosen = next((b for b, reason in reasons.items() if not reason), "reference")
+        for backend, reason in reasons.items():
+            if backend == chosen:
+                break
+            if reason and reason not in _logged:
+                _logged.add(reason)
+                _log.warning("%s: %s is not used, %s is: %s", op.name, backend, chosen, reason)
+    else:
+        reason = _error(op, asked, device_type)
+        if reason:
+            raise RuntimeError(f"{op.name}: backend {asked!r} is not available: {reason}")
+    if chosen == "reference":
+        return chosen, op.reference
+    if chosen == "triton":
+        assert op.triton is not None
+        return chosen, op.triton
+    return chosen, op.native
+
+
+def available_backends(device: torch.device | str | None = None) -> dict[str, str]:
+    """Backend name -> "" where it can be used, else why not; for tensors of `device`, or anywhere on this machine."""
+    device_type = None if device is None else torch.device(device).type
+    return {
+        "reference": "",
+        "cpu": _native_error("cpu", device_type),
+        "triton": _triton_error(device_type),
+        "cuda": _native_error("cuda", device_type),
+    }
+
+
+def describe_backends() -> str:
+    """One line for a program's output: which backends are active, which are not and why."""
+    states = available_backends()
+    text = "backends: " + ", ".join(name for name, reason in states.items() if not reason)
+    missing = [f"{name} ({reason})" for name, reason in states.items() if reason]
+    if missing:
+        text += "; not available: " + ", ".join(missing)
+    if get_backend() != "auto":
+        text += f"; chosen: {get_backend()}"
+    return text
+
+
+# ---- operations ---------------------------------------------------------------------------------------------------
+
+
+def _shape(t: Tensor) -> str:
+    return f"{t.dtype} of shape {list(t.shape)}"
+
+
+def _check_device(t: Tensor, name: str, other: Tensor, other_name: str) -> None:
+    if t.device != other.device:
+        raise ValueError(f"{name}: is on {t.device}, but {other_name} is on {other.device}")
+
+
+def _check_rows(rows: Tensor, count: int) -> None:
+    """Range check on the CPU; on a GPU it would wait for the device."""
+    if rows.device.type == "cpu" and rows.numel():
+        low, high = (int(v) for v in rows.aminmax())
+        if low < 0 or high >= count:
+            raise ValueError(f"rows: value {low if low < 0 else high} is outside [0, {count}), the rows of out")
+
+
+def channel_sq_norm(x: Tensor, rows: Tensor, out: Tensor, *, backend: str | None = None) -> Tensor:
+    """Add each sample's channel energy to its row: out[rows[n], c] += sum over positions of x[n, c, ...]^2.
+
+    Args:
+        x: [N, C, H, W] (contiguous, channels-last or strided), or [N, L, C] or [N, C] with the channel last; float32, float16,
+            bfloat16 or float64. N may be 0.
+        rows: [N] int64, 0 <= rows[n] < R. Rows may repeat; the sum is bitwise repeatable.
+        out: [R, C] float32, contiguous, changed in place.
+        backend: an explicit name never falls back.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or a row is out of range. On a GPU rows are not checked, since that would
+            wait for the device: the Triton kernel leaves rows outside [0, R) out, the reference stops in a device assertion.
+        RuntimeError: the named backend is unavailable; the text says why.
+
+    Source: Wanda, Sun et al. 2023, arXiv:2306.11695, section 3.
+    """
+    dim = x.dim()
+    if not 2 <= dim <= 4:
+        raise ValueError(f"x: must be [N, C, H, W], [N, L, C] or [N, C], not {_shape(x)}")
+    if x.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"x: must be float32, float16, bfloat16 or float64, not {_shape(x)}")
+    if rows.dim() != 1 or rows.shape[0] != x.shape[0] or rows.dtype != torch.int64:
+        raise ValueError(f"rows: must be int64 of shape [{x.shape[0]}], one entry per sample of x, not {_shape(rows)}")
+    channels = x.shape[1] if dim == 4 else x.shape[-1]
+    if out.dim() != 2 or out.shape[1] != channels or out.dtype != torch.float32 or not out.is_contiguous():
+        raise ValueError(f"out: must be contiguous float32 of shape [R, {channels}], x's channels, not {_shape(out)}")
+    device = x.device
+    if rows.device != device or out.device != device:
+        _check_device(rows, "rows", x, "x")
+        _check_device(out, "out", x, "x")
+
+    if x.dtype == torch.float64 and device.type != "cpu" and resolve_name(backend) == "auto":
+        backend = "reference"  # the kernels for GPUs take float32 and narrower
+    chosen, function = _select("channel_sq_norm", backend, device.type)
+    if chosen == "cpu":
+        try:  # C++ checks the rows on its way, before it writes: asking here would cost as much as a small layer
+            function(x, rows, out)
+        except RuntimeError:
+            _check_rows(rows, out.shape[0])
+            raise
+    else:
+        if device.type == "cpu":
+            _check_rows(rows, out.shape[0])
+        function(x, rows, out)
+    return out
+
+
+def check_wanda_score(weight: Tensor, act_norm: Tensor, *, groups: int | None = None) -> None:
+    """Raise ValueError unless `weight` and `act_norm` fit; without `groups` any number that divides both is right."""
+    if weight.dim() < 2 or weight.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"weight: must be floating point [C_out, C_in / groups, ...], not {_shape(weight)}")
+    if act_norm.dim() != 1 or act_norm.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"act_norm: must be floating point [C_in], not {_shape(act_norm)}")
+    _check_channels(weight, act_norm.shape[0], "act_norm", groups)
+    _check_device(act_norm, "act_norm", weight, "weight")
+
+
+def _check_channels(weight: Tensor, channels: int, name: str, groups: int | None) -> None:
+    rows, per_group = weight.shape[:2]
+    if groups is not None:
+        fits = channels == groups * per_group
+    elif per_group == 0 or channels == 0:
+        fits = per_group == channels
+    else:
+        fits = channels % per_group == 0 and rows % (channels // per_group) == 0
+    if not fits:
+        what = "groups" if groups is None else f"groups = {groups}"
+        raise ValueError(f"{name}: {channels} channels do not fit a weight of shape {list(weight.shape)} with {what}")
+
+
+def wanda_score(weight: Tensor, act_norm: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """Row and column sums of S = |W| * ||X||_2: row[o] = sum_i,k |W[o, i, k]| n[i], col[i] = n[i] sum_o,k |W[o, i, k]|.
+
+    Args:
+        weight: [C_out, C_in / groups, ...], float32, float16, bfloat16 or float64. With groups, output channel o reads the
+            slice of `act_norm` of its group; their number follows from the shapes.
+        act_norm: [C_in], ||X||_2 of each input channel; used as float32.
+        backend: an explicit name never falls back.
+
+    Returns:
+        ([C_out], [C_in]), both float32.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree.
+        RuntimeError: the named backend is unavailable; the text says why.
+
+    Source: Wanda, Sun et al. 2023, arXiv:2306.11695, section 3.
+    """
+    check_wanda_score(weight, act_norm)
+    if weight.dtype == torch.float64 and weight.device.type != "cpu" and resolve_name(backend) == "auto":
+        backend = "reference"
+    _, function = _select("wanda_score", backend, weight.device.type)
+    return function(weight.detach(), act_norm.detach().to(torch.float32))
+
+
+def wanda_score_stats(
+    weight: Tensor, sq: Tensor, row_weight: Tensor, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """`wanda_score` straight from a table of energies: n[c] = sum_r row_weight[r] * sqrt(sq[r, c]).
+
+    Args:
+        weight: [C_out, C_in / groups, ...], as in `wanda_score`.
+        sq: [R, C_in] float32, sums of squares per row (as `channel_sq_norm` writes them).
+        row_weight: [R] float32, weight of each row; 1 / R each is the mean over timesteps.
+        backend: an explicit name never falls back.
+
+    Returns:
+        ([C_out], [C_in]), both float32.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree.
+        RuntimeError: the named backend is unavailable; the text says why.
+    """
+    if weight.dim() < 2 or weight.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"weight: must be floating point [C_out, C_in / groups, ...], not {_shape(weight)}")
+    if sq.dim() != 2 or sq.dtype != torch.float32:
+        raise ValueError(f"sq: must be float32 [R, C_in], not {_shape(sq)}")
+    if row_weight.dim() != 1 or row_weight.shape[0] != sq.shape[0] or row_weight.dtype != torch.float32:
+        raise ValueError(f"row_weight: must be float32 of shape [{sq.shape[0]}], the rows of sq, not {_shape(row_weight)}")
+    _check_channels(weight, sq.shape[1], "sq", None)
+    _check_device(sq, "sq", weight, "weight")
+    _check_device(row_weight, "row_weight", weight, "weight")
+    if weight.dtype == torch.float64 and weight.device.type != "cpu" and resolve_name(backend) == "auto":
+        backend = "reference"
+    _, function = _select("wanda_score_stats", backend, weight.device.type)
+    return function(weight.detach(), sq, row_weight)
+
+
+def _check_keep(keep: Tensor, t: Tensor, dim: int, name: str) -> None:
+    if keep.dim() != 1 or keep.dtype != torch.int64:
+        raise ValueError(f"{name}: must be 1-D int64, not {_shape(keep)}")
+    if t.dim() <= dim:
+        raise ValueError(f"{name}: must be None for a tensor of shape {list(t.shape)}")
+    _check_device(keep, name, t, "its tensor")
+
+
+def _check_keep_ranges(tensors: list[Tensor], keeps: list[Tensor | None], dim: int, name: str) -> None:
+    for i, (t, keep) in enumerate(zip(tensors, keeps, strict=True)):
+        if keep is not None and keep.numel() and keep.device.type == "cpu":
+            low, high = (int(v) for v in keep.aminmax())
+            if low < 0 or high >= t.shape[dim]:
+                value = low if low < 0 else high
+                raise ValueError(f"{name}[{i}]: index {value} is outside [0, {t.shape[dim]}) of a tensor {list(t.shape)}")
+
+
+def compact(
+    tensors: Sequence[Tensor],
+    keep_out: Sequence[Tensor | None],
+    keep_in: Sequence[Tensor | None],
+    *,
+    backend: str | None = None,
+) -> list[Tensor]:
+    """Gather kept rows and columns of many tensors at once: t.index_select(0, keep_out).index_select(1, keep_in).
+
+    Args:
+        tensors: any dtype, one device; at least one dimension each.
+        keep_out: per tensor, indices into dimension 0 (1-D int64, on the tensor's device), or None to keep all.
+        keep_in: the same for dimension 1; None for 1-D tensors.
+        backend: an explicit name never falls back.
+
+    Returns:
+        New tensors (never views) of the same dtypes and memory formats: channels-last stays, all else becomes contiguous.
+
+    Raises:
+        ValueError: lengths, shapes, dtypes or devices disagree, or an index is out of range (not checked on a GPU, where that
+            would wait for the device).
+        RuntimeError: the named backend is unavailable; the text says why.
+    """
+    tensors, keep_out, keep_in = [t.detach() for t in tensors], list(keep_out), list(keep_in)
+    if not len(tensors) == len(keep_out) == len(keep_in):
+        lengths = f"{len(keep_out)} and {len(keep_in)}"
+        raise ValueError(f"keep_out, keep_in: must have one entry per tensor, {len(tensors)}, not {lengths}")
+    if not tensors:
+        _select("compact", backend, "cpu") if backend in (None, "auto", "reference") else _check_backend_name(backend)
+        return []
+    for i, t in enumerate(tensors):
+        if t.dim() < 1:
+            raise ValueError(f"tensors[{i}]: must have at least one dimension, not {_shape(t)}")
+        _check_device(t, f"tensors[{i}]", tensors[0], "tensors[0]")
+        rows, columns = keep_out[i], keep_in[i]
+        if rows is not None:
+            _check_keep(rows, t, 0, f"keep_out[{i}]")
+        if columns is not None:
+            _check_keep(columns, t, 1, f"keep_in[{i}]")
+    chosen, function = _select("compact", backend, tensors[0].device.type)
+    try:
+        return list(function(tensors, keep_out, keep_in))
+    except (RuntimeError, IndexError):
+        _check_keep_ranges(tensors, keep_out, 0, "keep_out")
+        _check_keep_ranges(tensors, keep_in, 1, "keep_in")
+        raise
