@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 ASSETS = Path(__file__).resolve().parent / "assets"
 BUNDLED_NAME = "ddpm-cifar10-small"
 BUNDLED_MODEL = ASSETS / BUNDLED_NAME
+BUNDLED_SAMPLES = ASSETS / f"{BUNDLED_NAME}-samples.png"
 FREE_CLASS = "PrunedUNet2DModel"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

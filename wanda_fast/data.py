@@ -1,0 +1,274 @@
+"""Calibration images: the model's own samples, CIFAR-10, or any folder of images, as uint8 [N, H, W, C] of the model's
+size.
+
+The bundled model needs no dataset: 256 of its own samples ship as one PNG sheet, made by
+
+    python -c "from wanda_fast.data import make_sample_sheet; make_sample_sheet()"
+
+CIFAR-10 is read from its binary version or from a folder of images. Its Python version is a pickle, which can run code
+when opened, and is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SHEET_TILES = 16  # the shipped sheet is 16 × 16 images
+SHEET_SEED = 20_000_003  # none that a user is likely to sample with: the grids must show images outside the calibration
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".tga", ".jp2"}
+_CIFAR_RECORD = 1 + 3 * 32 * 32  # a label byte, then the red, green and blue planes
+_CIFAR_HELP = (
+    "put cifar-10-binary.tar.gz (https://www.cs.toronto.edu/~kriz/cifar.html, binary version), its unpacked "
+    "data_batch_*.bin files "
+    "or a folder of images there"
+)
+
+
+def load_images(
+    spec: str,
+    *,
+    n: int,
+    unet: nn.Module,
+    scheduler: Any = None,
+    bundled: bool = False,
+    data_dir: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    steps: int = 50,
+    batch_size: int = 32,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """At most n images, taken evenly over the whole source in a fixed order.
+
+    Args:
+        spec: "self", "cifar10", or a folder that is searched with its subfolders.
+        unet: gives the size and the number of channels; for "self" it also draws the images.
+        scheduler: needed for "self" with a model other than the bundled one.
+        bundled: the network is the bundled model, whose samples ship with the package.
+        data_dir: where CIFAR-10 lies.
+        seed, steps, batch_size, device, dtype: of the sampling for "self", see :func:`wanda_fast.sampling.sample`.
+
+    Returns:
+        uint8 [N, H, W, C], 1 ≤ N ≤ n.
+
+    Raises:
+        UserError: missing or empty folder, unreadable images (named), a network with other than 1 or 3 channels, n < 1.
+    """
+    from . import sampling
+
+    check_source(spec, data_dir=data_dir)
+    if n < 1:
+        raise UserError(f"the number of calibration images must be at least 1, not {n}.")
+    channels, height, width = sampling.image_shape(unet)
+    if spec == "self":
+        if bundled:
+            images = read_sample_sheet()
+            return images[_evenly(len(images), n)]
+        if scheduler is None:
+            raise ValueError("drawing the model's own samples needs its scheduler")
+        return sampling.sample(unet, scheduler, n, steps=steps, seed=seed ^ SHEET_SEED, batch_size=batch_size,
+        device=device,
+                               dtype=dtype, progress=progress, desc="drawing calibration images")  # fmt: skip
+    if channels not in (1, 3):
+        raise UserError(f"the network has {channels} channels; images can be read for 1 or 3. Use the dataset 'self'.")
+    if spec == "cifar10":
+        assert data_dir is not None  # check_source made sure
+        return _load_cifar10(Path(data_dir), n, (height, width), channels)
+    return load_folder(spec, n=n, size=(height, width), channels=channels)
+
+
+def check_source(spec: str, *, data_dir: str | os.PathLike[str] | None = None) -> None:
+    """Refuse a source that cannot work, before any model is loaded.
+
+    Raises:
+        UserError: see :func:`load_images`.
+    """
+    if spec == "self":
+        return
+    if spec == "cifar10":
+        if data_dir is None:
+            raise UserError(f"cifar10 needs a data folder (--data_dir): {_CIFAR_HELP}.")
+        _find_cifar10(Path(data_dir))
+        return
+    _list_images(Path(spec).expanduser())
+
+
+def load_folder(folder: str | os.PathLike[str], *, n: int, size: tuple[int, int], channels: int) -> Tensor:
+    """Up to n images of a folder and its subfolders as uint8 [N, H, W, channels].
+
+    Any size and mode: the image is turned as its EXIF entry says, transparency is laid on white, 16-bit values are
+    scaled to 8, the shorter side is resized and the centre cut out.
+
+    Raises:
+        UserError: missing or empty folder, or unreadable images, which are named.
+    """
+    files = _list_images(Path(folder).expanduser())
+    images, bad = [], []
+    for index in _evenly(len(files), n):
+        try:
+            images.append(_read_image(files[index], size, channels))
+        except Exception as error:  # decoders raise whatever they like on damaged files
+            bad.append(f"{files[index]} ({type(error).__name__}: {error})")
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise UserError(f"unreadable images: {'; '.join(bad[:3])}{more}.")
+    return torch.from_numpy(np.stack(images))
+
+
+def _list_images(folder: Path) -> list[Path]:
+    if not folder.exists():
+        raise UserError(f"{folder}: no such image folder (known datasets: self, cifar10).")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is a file; give the folder with the images.")
+    files = [
+        p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file() and not p.name.startswith(".")
+    ]
+    if not files:
+        raise UserError(f"{folder}: holds no images ({', '.join(sorted(_SUFFIXES))}).")
+    return sorted(files, key=lambda p: p.relative_to(folder).as_posix())
+
+
+def _evenly(total: int, n: int) -> list[int]:
+    """min(n, total) indices spread over range(total), so that every class of a sorted folder is present."""
+    if n >= total:
+        return list(range(total))
+    return [int(i) for i in np.linspace(0, total - 1, n).round()]
+
+
+def _read_image(file: Path, size: tuple[int, int], channels: int) -> np.ndarray:
+    from PIL import Image, ImageOps
+
+    with Image.open(file) as opened:
+        picture = _to_8_bit(ImageOps.exif_transpose(opened), channels)
+    return fit(picture, size)
+
+
+def _to_8_bit(picture: Image.Image, channels: int) -> Image.Image:
+    from PIL import Image
+
+    if picture.mode.startswith("I") or picture.mode == "F":
+        values = np.asarray(picture).astype(np.float64)
+        # 16-bit pictures span 0…65535. Floats have no fixed range: 0…1 where none is larger.
+        top = 65535.0 if values.max(initial=0) > 255 or picture.mode.startswith("I;16") else 255.0
+        top = 1.0 if picture.mode == "F" and values.max(initial=0) <= 1 else top
+        picture = Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
+    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("L" if channels == 1 else "RGB")
+
+
+def fit(picture: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """Resize the shorter side and cut out the centre: uint8 [H, W, C]."""
+    from PIL import Image, ImageOps
+
+    array = np.asarray(ImageOps.fit(picture, (size[1], size[0]), method=Image.Resampling.BICUBIC))
+    return array[:, :, None].copy() if array.ndim == 2 else array.copy()
+
+
+# ------------------------------------------------------------------------------------------------------------- CIFAR-10
+
+
+def _find_cifar10(folder: Path) -> Path | Sequence[Path]:
+    """The tar file, the .bin files, or the folder of images."""
+    folder = folder.expanduser()
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such data folder; for cifar10, {_CIFAR_HELP}.")
+    for place in (folder, folder / "cifar-10-batches-bin"):
+        batches = sorted(place.glob("data_batch_*.bin"))
+        if batches:
+            return batches
+    archive = folder / "cifar-10-binary.tar.gz"
+    if archive.is_file():
+        return archive
+    for place in (folder / "cifar10", folder):
+        if place.is_dir() and any(p.suffix.lower() in _SUFFIXES for p in place.rglob("*")):
+            return place
+    if (folder / "cifar-10-batches-py").is_dir() or (folder / "cifar-10-python.tar.gz").is_file():
+        raise UserError(f"{folder}: holds the Python version of CIFAR-10, a pickle, which is refused; {_CIFAR_HELP}.")
+    raise UserError(f"{folder}: holds no CIFAR-10; {_CIFAR_HELP}.")
+
+
+def _load_cifar10(folder: Path, n: int, size: tuple[int, int], channels: int) -> Tensor:
+    found = _find_cifar10(folder)
+    if isinstance(found, Path) and found.is_dir():
+        return load_folder(found, n=n, size=size, channels=channels)
+    blobs: list[tuple[str, bytes]] = []
+    try:
+        if isinstance(found, Path):
+            with tarfile.open(found) as archive:
+                members = [m for m in archive.getmembers() if m.isfile() and Path(m.name).match("data_batch_*.bin")]
+                for member in sorted(members, key=lambda m: m.name):
+                    stream = archive.extractfile(member)
+                    assert stream is not None  # it is a regular file
+                    blobs.append((f"{found}:{member.name}", stream.read()))
+        else:
+            blobs = [(str(p), p.read_bytes()) for p in found]
+    except (OSError, EOFError, tarfile.TarError) as error:
+        raise UserError(f"{folder}: CIFAR-10 cannot be read ({error}).") from error
+    if not blobs:
+        raise UserError(f"{found}: holds no data_batch_*.bin.")
+    for name, blob in blobs:
+        if not blob or len(blob) % _CIFAR_RECORD:
+            raise UserError(f"{name}: truncated, or not the binary version of CIFAR-10.")
+    records = np.concatenate([np.frombuffer(b, np.uint8).reshape(-1, _CIFAR_RECORD) for _, b in blobs])
+    chosen = records[_evenly(len(records), n), 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    if size == (32, 32) and channels == 3:
+        return torch.from_numpy(chosen.copy())
+    from PIL import Image
+
+    return torch.from_numpy(
+        np.stack([fit(_to_8_bit(Image.fromarray(np.ascontiguousarray(image)), channels), size) for image in chosen])
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ bundled samples
+
+
+def read_sample_sheet() -> Tensor:
+    """The shipped samples of the bundled model, uint8 [256, 32, 32, 3]."""
+    from PIL import Image
+
+    from .checkpoint import BUNDLED_SAMPLES
+
+    with Image.open(BUNDLED_SAMPLES) as picture:
+        sheet = np.asarray(picture.convert("RGB"))
+    side = sheet.shape[0] // SHEET_TILES
+    tiles = sheet.reshape(SHEET_TILES, side, SHEET_TILES, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
+    return torch.from_numpy(tiles.copy())
+
+
+def make_sample_sheet(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    steps: int = 100,
+    seed: int = SHEET_SEED,
+    batch_size: int = 32,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Draw 256 images of the bundled model and write them as one PNG sheet of 16 × 16 tiles without gaps; None for the
+    shipped file.
+    """
+    from . import sampling
+    from .checkpoint import BUNDLED_SAMPLES, load_pipeline
+
+    loaded = load_pipeline(None)
+    images = sampling.sample(loaded.unet, loaded.scheduler, SHEET_TILES**2, steps=steps, seed=seed,
+    batch_size=batch_size,
+                             device=device, dtype=dtype, progress=True, desc="sample sheet")  # fmt: skip
+    sampling.save_grid(images, path or BUNDLED_SAMPLES, columns=SHEET_TILES, padding=0, scale=1)
