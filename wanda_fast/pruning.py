@@ -1,0 +1,751 @@
+"""The whole recipe as one function: load, calibrate, score, plan, compact, repair, sample, measure, save."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import compact as compaction
+from . import ops
+from .errors import UserError
+from .importance import COMBINATIONS, CRITERIA, Context, get_criterion, slot_scores
+from .plan import (
+    LAYOUTS,
+    NORM_POLICIES,
+    SPLITS,
+    PruningPlan,
+    Target,
+    WidthProblem,
+    build_plan,
+    free_problem,
+    sensitive_widths,
+    stock_problem,
+    uniform_widths,
+)
+from .slots import SlotMap, find_slots, identity_shortcuts
+
+if TYPE_CHECKING:
+    from diffusers import DDPMPipeline, UNet2DModel
+
+    from .stats import ActivationStats
+
+REPAIRS = ("lstsq", "bias", "none")
+TIMESTEPS = ("random", "trajectory")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", **{n: n for n in DTYPES}}
+RESULT_FORMAT = "wanda_fast.pruning/1"
+
+
+@dataclass
+class PruneOptions:
+    """Everything that can be asked of `prune`; the command line has a flag for each.
+
+    Attributes:
+        ratio: share of all channels that is removed, 0 ≤ ratio < 1. Used when no budget is given.
+        target_macs: MACs budget, a number ("3.4G") or a share of the dense network's ("56%").
+        target_params: parameter budget, likewise.
+        pruner: name of a criterion, see `wanda_fast.importance`.
+        layout: "stock" opens with plain diffusers; "free" has one width per slot and opens with `load_pruned`.
+        norm_policy: "balanced", "free" or "groups", see `wanda_fast.plan`.
+        split: "uniform" cuts every level alike; "sensitivity" measures which levels or slots can spare channels.
+        combine: sides of a slot that are scored: "both", "producers" or "consumers".
+        align: legal widths are multiples of this many channels (where the norms leave a choice).
+        min_width: least channels of a slot.
+        dataset: calibration images: "self" (the model's own samples), "cifar10", or a folder of images.
+        data_dir: where CIFAR-10 lies.
+        calib_steps: number of noised images of the calibration.
+        timesteps: "random" (images noised to stratified random t) or "trajectory" (states of DDIM sampling).
+        time_strategy, activation_strategy, target_steps: see `wanda_fast.stats`.
+        repair: "lstsq" refits the remaining layers in closed form, "bias" folds the mean of what was removed,
+            "none" leaves plain pruning.
+        repair_images: noised images of the repair; None for 512 on a CPU and 2048 on a GPU.
+        load_stats: file of saved statistics, used instead of a calibration.
+        plan: file of a saved plan that is replayed.
+        device: "cuda", "cpu", …; None for a GPU if there is one.
+        dtype: "fp32", "bf16" or "fp16" for calibration and sampling; the saved weights keep the model's own dtype.
+        batch_size: images per forward pass.
+        seed: of everything random.
+        num_samples: images of the before and after grids, 0 for none.
+        num_inference_steps: DDIM steps of these grids.
+        backend: backend of the operations.
+    """
+
+    ratio: float = 0.3
+    target_macs: str | float | None = None
+    target_params: str | float | None = None
+    pruner: str = "wanda-diff"
+    layout: str = "stock"
+    norm_policy: str = "balanced"
+    split: str = "uniform"
+    combine: str = "both"
+    align: int = 8
+    min_width: int = 8
+    dataset: str = "self"
+    data_dir: str | None = None
+    calib_steps: int = 1024
+    timesteps: str = "random"
+    time_strategy: str = "mean"
+    activation_strategy: str = "mean"
+    target_steps: str = "all"
+    repair: str = "lstsq"
+    repair_images: int | None = None
+    load_stats: str | None = None
+    plan: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    batch_size: int = 32
+    seed: int = 0
+    num_samples: int = 16
+    num_inference_steps: int = 50
+    backend: str = "auto"
+
+    def check(self) -> None:
+        """Refuse what cannot work, before anything is loaded.
+
+        Raises:
+            UserError: the first option that is out of range, with its value.
+        """
+        from . import data, stats
+
+        if not (isinstance(self.ratio, (int, float)) and 0 <= self.ratio < 1):
+            raise UserError(f"the ratio is the share of channels removed, 0 <= ratio < 1; got {self.ratio}")
+        if self.target_macs is not None and self.target_params is not None:
+            raise UserError("give a MACs target or a parameter target, not both")
+        for what, budget in (("target_macs", self.target_macs), ("target_params", self.target_params)):
+            if budget is not None:
+                parse_budget(budget, 1_000_000_000, what)
+        get_criterion(self.pruner)
+        choices: list[tuple[str, str, Iterable[str]]] = [
+            ("layout", self.layout, LAYOUTS),
+            ("norm policy", self.norm_policy, NORM_POLICIES),
+            ("split", self.split, SPLITS),
+            ("combination", self.combine, COMBINATIONS),
+            ("repair", self.repair, REPAIRS),
+            ("timesteps mode", self.timesteps, TIMESTEPS),
+            ("time strategy", self.time_strategy, stats.TIME_STRATEGIES),
+            ("activation strategy", self.activation_strategy, stats.ACTIVATION_STRATEGIES),
+            ("backend", self.backend, ops.BACKENDS),
+        ]
+        for what, value, known in choices:
+            if value not in known:
+                raise UserError(f"unknown {what} {value!r}; known: {', '.join(known)}")
+        stats.parse_target_steps(self.target_steps, None)
+        counts = [("align", 1), ("min_width", 1), ("calib_steps", 1), ("batch_size", 1), ("num_samples", 0)]
+        for name, least in [*counts, ("num_inference_steps", 1), ("seed", 0)]:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
+                raise UserError(f"{name} must be a whole number of at least {least}; got {value}")
+        if self.repair_images is not None and self.repair_images < 1:
+            raise UserError(f"repair_images must be at least 1; got {self.repair_images}")
+        if self.dtype is not None and self.dtype not in _DTYPE_NAMES:
+            raise UserError(f"unknown dtype {self.dtype!r}; known: {', '.join(_DTYPE_NAMES)}")
+        data.check_source(self.dataset, data_dir=self.data_dir)
+        check_device(self.device)
+        for what, file in (("statistics", self.load_stats), ("plan", self.plan)):
+            if file is not None and not Path(file).is_file():
+                raise UserError(f"the {what} file {file} does not exist")
+
+
+@dataclass
+class PruneResult:
+    """What `prune` returns.
+
+    Attributes:
+        pipeline: a DDPMPipeline with the pruned network.
+        plan: kept channels per slot.
+        stats: activation statistics; None where neither the criterion nor an analysis needed them.
+        report: sizes, quality, seconds per stage and versions (plain JSON values); what `pruning.json` holds.
+        path: the folder written, or None.
+        repair: report of the repair, or None.
+    """
+
+    pipeline: DDPMPipeline | None
+    plan: PruningPlan
+    stats: ActivationStats | None
+    report: dict[str, Any]
+    path: Path | None = None
+    repair: Any = None
+
+
+def parse_budget(value: str | float, dense: int, what: str = "target") -> int:
+    """An absolute budget from "3.4G", "20M", "1200000000" or a share of the dense size such as "56%".
+
+    Raises:
+        UserError: not a positive number, or a share over 100 %.
+    """
+    text = str(value).strip()
+    scale = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
+    try:
+        if text.endswith("%"):
+            share = float(text[:-1]) / 100
+            if not 0 < share <= 1:
+                raise UserError(f"{what}: {text} is not a share between 0% and 100%")
+            return int(dense * share)
+        factor = scale.get(text[-1:].upper(), 1.0)
+        number = float(text[:-1] if factor != 1.0 else text) * factor
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{what}: {text!r} is neither a number such as 3.4G nor a share such as 56%") from None
+    if not (math.isfinite(number) and number >= 1):
+        raise UserError(f"{what}: {text} is not a positive number")
+    return int(number)
+
+
+def check_device(device: str | None) -> torch.device:
+    """The device to run on: the one named, else a GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: no such device on this machine.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        if found.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("no GPU that this torch can use is visible")
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return found
+
+
+class _Stages:
+    """Wall-clock seconds per stage; on a GPU each stage ends with a synchronisation."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds = device, {}  # type: ignore[var-annotated]
+
+    @contextmanager
+    def __call__(self, name: str):
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
+
+
+def prune(
+    model: str | Path | DDPMPipeline | None = None,
+    *,
+    save_path: str | Path | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    analyse: bool = False,
+    progress: bool = False,
+    log: Callable[[str], None] | None = None,
+    **options: Any,
+) -> PruneResult:
+    """Prune a DDPM by whole channels: S = |W| · ‖X‖₂, one shot, then closed-form repair.
+
+    Args:
+        model: a folder, a hub id, a DDPMPipeline (left as it is), or None for the bundled model.
+        save_path: folder to write; None to keep the result in memory.
+        overwrite: replace a folder that exists and is not empty.
+        dry_run: stop after the plan; nothing is compacted or written.
+        analyse: also draw `wanda_analysis.png` and put the activation study into the report.
+        progress: show progress bars.
+        log: called with one line at a time: what is used and what was decided.
+        **options: fields of `PruneOptions`, such as `ratio=0.3` or `target_macs="56%"`.
+
+    Returns:
+        See `PruneResult`.
+
+    Raises:
+        UserError: a mistake in the arguments, the model, the data or the target; raised before heavy work.
+        RuntimeError: an activation or weight became non-finite (names the layer), or the named backend is missing.
+
+    Example:
+        >>> import wanda_fast
+        >>> result = wanda_fast.prune(ratio=0.3, calib_steps=8, repair="none", num_samples=0)
+        >>> result.report["pruned"]["params"] < result.report["dense"]["params"]
+        True
+    """
+    from . import checkpoint
+
+    unknown = sorted(set(options) - set(PruneOptions.__dataclass_fields__))
+    if unknown:
+        raise TypeError(f"prune() has no option {unknown[0]!r}")
+    asked = PruneOptions(**options)
+    asked.check()
+    device = check_device(asked.device)
+    if save_path is not None and not dry_run:
+        checkpoint.check_target(save_path, overwrite)
+    run = _Run(asked, device, progress, log or (lambda line: None))
+    run.load(model)
+    if save_path is not None and not dry_run:
+        checkpoint.check_target(save_path, overwrite, need_bytes=checkpoint.saved_bytes(run.unet))
+    run.calibrate(analyse)
+    run.make_plan()
+    if dry_run:
+        return PruneResult(None, run.plan, run.stats, run.report())
+    run.compact()
+    run.repair()
+    before, after = run.sample()
+    run.measure(before, after)
+    return run.finish(save_path, overwrite, analyse, before, after)
+
+
+@dataclass
+class _Run:
+    """State of one call of `prune`, stage by stage."""
+
+    options: PruneOptions
+    device: torch.device
+    progress: bool
+    log: Callable[[str], None]
+    stats: Any = None
+    quality: dict[str, Any] = field(default_factory=dict)
+    repair_report: Any = None
+    split_report: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.stages = _Stages(self.device)
+        self.dtype = DTYPES[_DTYPE_NAMES[self.options.dtype or "fp32"]]
+
+    # ------------------------------------------------------------------------------------------------------------ load
+
+    def load(self, model: Any) -> None:
+        from . import checkpoint
+
+        with self.stages("load"):
+            if model is None or isinstance(model, (str, Path)):
+                loaded = checkpoint.load_pipeline(model, dtype=torch.float32, device=self.device)
+                self.unet, self.scheduler, self.name = loaded.unet, loaded.scheduler, loaded.name
+                self.bundled, self.source = model is None, str(loaded.name)
+                self.saved_dtype = checkpoint.stored_dtype(loaded.path)
+                for note in loaded.notes:
+                    self.log(note)
+            else:
+                unet = getattr(model, "unet", None)
+                if unet is None or getattr(model, "scheduler", None) is None:
+                    raise UserError(f"{type(model).__name__} is not a pipeline with a unet and a scheduler")
+                self.saved_dtype = next(unet.parameters()).dtype
+                self.unet = copy.deepcopy(unet).to(device=self.device, dtype=torch.float32).eval().requires_grad_(False)
+                self.scheduler, self.name, self.bundled = model.scheduler, "model", False
+                self.source = "a pipeline in memory"
+            if "pruning" in self.unet.config:
+                raise UserError("this network is already pruned in the free layout; prune its original instead")
+            self.log(f"model: {self.name}" + (
+                " (bundled with the package; --model FOLDER_OR_HUB_ID prunes another one)" if self.bundled else ""))
+            self.log(f"device: {self.device}; {ops.describe_backends()}")
+            ops_backend = self.options.backend
+            if ops_backend != "auto":
+                ops.set_backend(ops_backend)
+            self.slots: SlotMap = find_slots(self.unet)
+            self.costs = compaction.cost_model(self.unet, self.slots)
+            self.dense_params, self.dense_macs = self.costs.sizes({})
+            self.target = self._target()
+
+    def _target(self) -> Target:
+        o = self.options
+        if o.target_macs is not None:
+            return Target(macs=parse_budget(o.target_macs, self.dense_macs, "target_macs"))
+        if o.target_params is not None:
+            return Target(params=parse_budget(o.target_params, self.dense_params, "target_params"))
+        return Target(ratio=float(o.ratio))
+
+    # ------------------------------------------------------------------------------------------------------- calibrate
+
+    def images(self) -> Tensor:
+        """Calibration images, read or drawn once: uint8 [N, H, W, C]."""
+        if not hasattr(self, "_images"):
+            from . import data
+
+            o = self.options
+            need = max(o.calib_steps, self.repair_images if o.repair != "none" else 0)
+            with self.stages("images"):
+                self._images = data.load_images(
+                    o.dataset,
+                    n=min(need, 512) if o.dataset == "self" else need,
+                    unet=self.unet,
+                    scheduler=self.scheduler,
+                    bundled=self.bundled,
+                    data_dir=o.data_dir,
+                    seed=o.seed,
+                    steps=o.num_inference_steps,
+                    batch_size=o.batch_size,
+                    device=self.device,
+                    dtype=self.dtype,
+                    progress=self.progress,
+                )
+            self.log(f"calibration images: {len(self._images)} ({self._source_of_images()})")
+        return self._images
+
+    def _source_of_images(self) -> str:
+        if self.options.dataset != "self":
+            return str(self.options.dataset)
+        return "the bundled model's own samples" if self.bundled else "the model's own samples"
+
+    @property
+    def repair_images(self) -> int:
+        """Noised images that the repair uses."""
+        if self.options.repair_images is not None:
+            return self.options.repair_images
+        return 2048 if self.device.type == "cuda" else 512
+
+    def batches(self, n: int, seed_offset: int = 0) -> Callable[[], Iterable[Any]]:
+        """A function that yields the same (x_t, t, labels) batches each time it is called."""
+        from . import calibrate
+
+        o = self.options
+        images = self.images()
+        lo, hi = calibrate.target_range(self.scheduler, o.target_steps if seed_offset == 0 else "all")
+
+        def make() -> Iterable[Any]:
+            for x, t, _, labels in calibrate.noised_batches(
+                self.unet, self.scheduler, images, n=n, mode=o.timesteps, target=(lo, hi), batch_size=o.batch_size,
+                seed=o.seed + seed_offset, device=self.device, dtype=torch.float32,
+            ):  # fmt: skip
+                yield x, t, labels
+
+        return make
+
+    def calibrate(self, analyse: bool) -> None:
+        from . import calibrate, stats
+
+        o = self.options
+        if o.load_stats is not None:
+            self.stats = stats.ActivationStats.load(o.load_stats)
+            self.stats.check_model(self.unet)
+            self.log(f"activation statistics: read from {o.load_stats}, nothing is calibrated")
+        elif (get_criterion(o.pruner).needs_stats and o.plan is None) or analyse:
+            images = self.images()
+            with self.stages("calibrate"):
+                self.stats = calibrate.calibrate(
+                    self.unet, self.scheduler, images, n=o.calib_steps, mode=o.timesteps, target_steps=o.target_steps,
+                    batch_size=o.batch_size, seed=o.seed, device=self.device, dtype=self.dtype,
+                    backend=_backend_of("channel_sq_norm", o.backend), progress=self.progress,
+                )  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------------------------ plan
+
+    def make_plan(self) -> None:
+        o = self.options
+        if o.plan is not None:
+            self.plan = PruningPlan.load(o.plan)
+            twin = compaction.prepared_copy(self.unet, self.plan.identity_shortcuts)
+            self.slots = find_slots(twin)
+            compaction.check_plan(self.plan, self.unet, self.slots)
+            self.costs = compaction.cost_model(twin, self.slots)
+            self.log(f"plan: replayed from {o.plan}")
+        else:
+            with self.stages("plan"):
+                self._choose_plan()
+        self.pruned_params, self.pruned_macs = self._sizes(self.plan)
+
+    def _sizes(self, plan: PruningPlan) -> tuple[int, int]:
+        sinusoid = None
+        if plan.config is not None and self.costs.sinusoid_consumers:
+            sinusoid = int(plan.config["block_out_channels"][0])
+        return self.costs.sizes(plan.widths, sinusoid=sinusoid)
+
+    def _problem(self, slots: SlotMap, costs: Any) -> WidthProblem:
+        o = self.options
+        if o.layout == "stock":
+            return stock_problem(slots, costs, self.unet.config, o.norm_policy, o.align, o.min_width)
+        return free_problem(slots, costs, o.norm_policy, o.align, o.min_width)
+
+    def _choose_plan(self) -> None:
+        o = self.options
+        context = Context({}, o.seed, _backend_of("wanda_score", o.backend))
+        if self.stats is not None:
+            context = Context(
+                {
+                    layer: self.stats.act_norm(
+                        layer,
+                        time_strategy=o.time_strategy,
+                        activation_strategy=o.activation_strategy,
+                        target_steps=o.target_steps,
+                    )
+                    for layer in self.stats.tables
+                },
+                o.seed,
+                context.backend,
+            )
+        criterion = get_criterion(o.pruner)
+        shortcuts: list[str] = []
+        unet, slots, costs = self.unet, self.slots, self.costs
+        if o.layout == "stock" and o.split == "sensitivity":
+            # Levels of equal width can only differ behind an explicit identity shortcut.
+            shortcuts = identity_shortcuts(self.unet)
+            unet = compaction.prepared_copy(self.unet, shortcuts)
+            slots = find_slots(unet)
+            costs = compaction.cost_model(unet, slots)
+            if self.stats is not None:
+                for name in shortcuts:  # the new 1x1 convolution reads what norm1 reads: the stream of its level
+                    context.act_norm = {
+                        **context.act_norm,
+                        f"{name}.conv_shortcut": torch.ones(unet.get_submodule(name).conv_shortcut.in_channels),
+                    }
+        scores = slot_scores(unet, slots, criterion, context, combine=o.combine)
+        problem = self._problem(slots, costs)
+        if o.split == "uniform":
+            widths = uniform_widths(problem, self.target)
+        else:
+            damage = self._damage(unet, slots, problem, scores)
+            widths = sensitive_widths(problem, self.target, damage)
+        if shortcuts:
+            shortcuts, unet, slots, costs, widths = self._drop_idle_shortcuts(shortcuts, slots, widths)
+            scores = {n: scores[n] for n in slots.slots}
+        self.slots, self.costs = slots, costs
+        self.plan = build_plan(
+            slots, widths, scores, self.unet.config, layout=o.layout, norm_policy=o.norm_policy,
+            identity_shortcuts=shortcuts,
+        )  # fmt: skip
+
+    def _drop_idle_shortcuts(self, shortcuts: list[str], slots: SlotMap, widths: dict[str, int]) -> Any:
+        """Stock diffusers has no `conv_shortcut` where both sides kept the same width: take those out again."""
+        needed = []
+        for name in shortcuts:
+            level = int(name.split(".")[1])
+            above = next(widths.get(n, s.width) for n, s in slots.slots.items() if s.levels == (level - 1,))
+            here = next(widths.get(n, s.width) for n, s in slots.slots.items() if s.levels == (level,))
+            if above != here:
+                needed.append(name)
+        unet = compaction.prepared_copy(self.unet, needed)
+        new_slots = find_slots(unet)
+        return needed, unet, new_slots, compaction.cost_model(unet, new_slots), {n: widths[n] for n in new_slots.slots}
+
+    def _damage(
+        self, unet: nn.Module, slots: SlotMap, problem: WidthProblem, scores: dict[str, Tensor]
+    ) -> dict[str, list[float]]:
+        """Relative squared error of the predicted noise when one unit alone is cut, for each of its options.
+
+        Each unit is measured at up to three widths, the means of the removed channels folded into the biases; the
+        widths between are interpolated on a power law of the removed share.
+        """
+        from . import evaluation
+        from .repair import repair
+
+        o = self.options
+        batches = list(self.batches(64 if self.device.type == "cpu" else 256, seed_offset=101)())
+        result: dict[str, list[float]] = {}
+        from tqdm import tqdm
+
+        for unit, options in tqdm(problem.options.items(), desc="sensitivity", unit="unit", disable=not self.progress):
+            whole = sum(options[-1].values())
+            shares = [1 - sum(option.values()) / whole for option in options]
+            last = len(options) - 1
+            picks = sorted({0, last // 2, last - 1} - {last}) if last > 0 else []
+            measured: list[tuple[float, float]] = []
+            for index in picks:
+                widths = dict(options[index])
+                plan = build_plan(slots, widths, scores, unet.config, layout="free", norm_policy=o.norm_policy)
+                pruned = compaction.compact(unet, plan)  # type: ignore[arg-type]
+                if o.repair != "none":
+                    repair(unet, pruned, compaction.layer_keep(slots, plan.keep), lambda: batches, method="bias")
+                error = evaluation.noise_mse(unet, pruned, batches)["relative"]
+                measured.append((shares[index], max(float(error), 1e-12)))
+            result[unit] = [_power_law(measured, share) for share in shares]
+        self.split_report = {unit: [float(f"{d:.3g}") for d in values] for unit, values in result.items()}
+        return result
+
+    # ------------------------------------------------------------------------------------------------- compact, repair
+
+    def compact(self) -> None:
+        with self.stages("compact"):
+            self.pruned = compaction.compact(self.unet, self.plan, backend=_backend_of("compact", self.options.backend))
+
+    def repair(self) -> None:
+        from .repair import repair
+
+        o = self.options
+        if o.repair == "none" or all(len(k) == self.slots.slots[n].width for n, k in self.plan.keep.items()):
+            return
+        batches = self.batches(self.repair_images)
+        with self.stages("repair"):
+            twin = compaction.prepared_copy(self.unet, self.plan.identity_shortcuts)
+            self.repair_report = repair(
+                twin,
+                self.pruned,
+                compaction.layer_keep(self.slots, self.plan.keep),
+                batches,
+                method=o.repair,
+                seed=o.seed,
+                progress=self.progress,
+            )
+
+    # --------------------------------------------------------------------------------------------------- sample, measure
+
+    def sample(self) -> tuple[Tensor, Tensor]:
+        from . import sampling
+
+        o = self.options
+        images = []
+        with self.stages("sample"):
+            for unet, which in ((self.unet, "before"), (self.pruned, "after")):
+                images.append(
+                    sampling.sample(
+                        unet, self.scheduler, o.num_samples, steps=o.num_inference_steps, seed=o.seed,
+                        batch_size=o.batch_size, device=self.device, dtype=self.dtype,
+                        progress=self.progress and o.num_samples > 0, desc=f"sampling {which}",
+                    )
+                )  # fmt: skip
+        return images[0], images[1]
+
+    def measure(self, before: Tensor, after: Tensor) -> None:
+        from . import evaluation
+
+        o = self.options
+        with self.stages("measure"):
+            if o.num_samples > 0:
+                self.quality["ssim"] = evaluation.ssim(before, after)
+                self.quality["psnr"] = evaluation.psnr(before, after)
+            held_out = self.batches(64, seed_offset=1_000_003)
+            error = evaluation.noise_mse(self.unet, self.pruned, held_out())
+            self.quality["noise_mse"], self.quality["noise_mse_relative"] = error["mse"], error["relative"]
+            dense_s, pruned_s = evaluation.paired_forward_seconds(
+                self.unet, self.pruned, batch_size=min(o.batch_size, 16), device=self.device, dtype=self.dtype
+            )
+            self.quality["forward_seconds"] = {"dense": dense_s, "pruned": pruned_s, "batch_size": min(o.batch_size, 16)}
+
+    # ------------------------------------------------------------------------------------------------------------ finish
+
+    def report(self) -> dict[str, Any]:
+        """Everything a reader of `pruning.json` needs, as plain JSON values."""
+        import diffusers
+
+        o = self.options
+        removed = 1 - sum(len(k) for k in self.plan.keep.values()) / sum(s.width for s in self.slots.slots.values())
+        asked: dict[str, Any] = {"ratio": o.ratio}
+        if self.target.macs is not None:
+            asked = {"target_macs": self.target.macs, "given_as": str(o.target_macs)}
+        elif self.target.params is not None:
+            asked = {"target_params": self.target.params, "given_as": str(o.target_params)}
+        if o.plan is not None:
+            asked = {"plan": Path(o.plan).name}
+        settings = asdict(o)
+        for name in ("load_stats", "plan", "data_dir"):  # names, not paths of this machine
+            if settings[name] is not None:
+                settings[name] = Path(settings[name]).name
+        if o.dataset not in ("self", "cifar10"):
+            settings["dataset"] = Path(o.dataset).name
+        shifted = [
+            norm
+            for norm, segments in self.slots.inputs.items()
+            if norm in self.slots.norms
+            and len({len(self.plan.keep[s.slot]) / self.slots.slots[s.slot].width for s in segments}) > 1
+        ]
+        report: dict[str, Any] = {
+            "format": RESULT_FORMAT,
+            "model": self.name,
+            "asked": asked,
+            "reached": {"ratio": round(removed, 6), "params": self.pruned_params, "macs": self.pruned_macs},
+            "dense": {"params": self.dense_params, "macs": self.dense_macs},
+            "pruned": {"params": self.pruned_params, "macs": self.pruned_macs},
+            "widths": self._level_widths(),
+            "norms_with_shifted_groups": len(shifted),
+            "plan": self.plan.to_dict(),
+            "settings": settings,
+            "seed": o.seed,
+            "versions": {
+                "wanda_fast": _version(),
+                "torch": torch.__version__,
+                "diffusers": diffusers.__version__,
+                "python": platform.python_version(),
+            },
+            "device": _device_name(self.device),
+            "seconds": dict(self.stages.seconds),
+        }
+        if self.quality:
+            report["quality"] = self.quality
+        if self.split_report:
+            report["sensitivity"] = self.split_report
+        if self.repair_report is not None:
+            report["repair"] = self.repair_report.to_dict()
+        if self.stats is not None:
+            report["statistics"] = self.stats.info
+        return report
+
+    def _level_widths(self) -> dict[str, Any]:
+        """Range of kept channels per level, dense and pruned."""
+        found: dict[str, Any] = {}
+        for level in range(self.slots.levels):
+            names = [n for n, s in self.slots.slots.items() if level in s.levels]
+            kept = sorted({len(self.plan.keep[n]) for n in names})
+            dense = sorted({self.slots.slots[n].width for n in names})
+            found[f"level {level}"] = {"dense": dense, "pruned": kept}
+        return found
+
+    def finish(
+        self, save_path: str | Path | None, overwrite: bool, analyse: bool, before: Tensor, after: Tensor
+    ) -> PruneResult:
+        from diffusers import DDPMPipeline
+
+        from . import analysis, checkpoint, model_card, sampling
+
+        pruned = self.pruned.to(self.saved_dtype)
+        pipeline = DDPMPipeline(unet=pruned, scheduler=copy.deepcopy(self.scheduler))
+        result = PruneResult(pipeline, self.plan, self.stats, {}, None, self.repair_report)
+        study = analysis.analyse(self.stats) if analyse else None
+        if save_path is not None:
+            with self.stages("save"), checkpoint.atomic_folder(save_path, overwrite) as folder:
+                checkpoint.save_folder(folder, pruned, self.scheduler)
+                self.quality["file_bytes"] = {
+                    "dense": self.dense_params * self.saved_dtype.itemsize,
+                    "pruned": (folder / checkpoint.WEIGHTS).stat().st_size,
+                }
+                (folder / "vis").mkdir()
+                if self.options.num_samples > 0:
+                    sampling.save_grid(before, folder / "vis" / "before_pruning.png")
+                    sampling.save_grid(after, folder / "vis" / "after_pruning.png")
+                if self.stats is not None:
+                    self.stats.save(folder / "activation_stats.safetensors")
+                if analyse:
+                    analysis.save_figure(self.stats, folder / "wanda_analysis.png")
+                result.report = self.report()
+                if study is not None:
+                    result.report["analysis"] = study
+                (folder / "pruning.json").write_text(json.dumps(result.report, indent=1) + "\n", encoding="utf-8")
+                model_card.write(folder, result.report)
+            result.path = Path(save_path)
+        result.report = self.report()
+        if study is not None:
+            result.report["analysis"] = study
+        return result
+
+
+def _power_law(points: list[tuple[float, float]], share: float) -> float:
+    """Damage at a removed share, on straight lines in log-log coordinates through measured (share, damage) points."""
+    if share <= 0 or not points:
+        return 0.0
+    points = sorted(points)
+    if len(points) == 1:
+        return points[0][1] * (share / points[0][0]) ** 2
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        if share <= x1 or x1 == points[-1][0]:
+            slope = (math.log(y1) - math.log(y0)) / (math.log(x1) - math.log(x0))
+            return math.exp(math.log(y0) + max(slope, 0.0) * (math.log(share) - math.log(x0)))
+    raise AssertionError("unreachable")
+
+
+def _backend_of(operation: str, asked: str) -> str | None:
+    """The asked backend; None (the best one) for an operation that has no such implementation at all."""
+    return asked if asked in ("auto", "reference") or asked in ops.homes(operation) else "auto"
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def _version() -> str:
+    from . import __version__
+
+    return __version__
+
+
+__all__ = ["CRITERIA", "PruneOptions", "PruneResult", "parse_budget", "prune"]
