@@ -19,6 +19,8 @@ from setuptools import find_namespace_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 ARCH_LIST = ("8.0", "9.0", "10.0")  # built when no GPU is visible and TORCH_CUDA_ARCH_LIST is not set
+SETTINGS = ("sources", "define_macros", "include_dirs", "library_dirs", "libraries", "runtime_library_dirs", "extra_compile_args",
+            "extra_link_args", "language")  # what differs between the extension with and without CUDA  # fmt: skip
 TARGET_TORCH = (2, 10)  # first stable ABI with lists of tensors and parallel_for
 
 
@@ -33,9 +35,8 @@ def version() -> str:
 
 
 def packages() -> list[str]:
-    found = find_namespace_packages(str(ROOT), include=["wanda_fast", "wanda_fast.*"])
-    code = [name for name in found if any((ROOT / name.replace(".", "/")).glob("*.py"))]
-    return [*(name for name in code if not name.startswith("wanda_fast.assets")), "wanda_fast.kernels"]
+    found = find_namespace_packages(str(ROOT), include=["wanda_fast", "wanda_fast.*"], exclude=["*.__pycache__"])
+    return [*found, "wanda_fast.kernels"]
 
 
 def cuda_home() -> tuple[str | None, str]:
@@ -104,7 +105,7 @@ def extension() -> dict[str, object]:
 
     # Every compiler that has GCC's vector types; CPU speed comes from units per instruction set, not from -march.
     define = f"-DTORCH_TARGET_VERSION=0x{TARGET_TORCH[0]:02x}{TARGET_TORCH[1]:02x}000000000000"
-    cxx = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi", define]
+    cxx = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi", "-Wno-maybe-uninitialized", define]
 
     def cpu_extension():
         return cpp_extension.CppExtension("wanda_fast._C", sources, extra_compile_args={"cxx": cxx}, py_limited_api=True)
@@ -118,13 +119,13 @@ def extension() -> dict[str, object]:
         """Steps down, in words, from CUDA to C++ to nothing; an install never fails because of the extension."""
 
         def run(self) -> None:
-            compiler = self.compiler
+            compiler, inplace = self.compiler, self.inplace
             stages = [("CUDA and C++", cuda_extension)] if home is not None else []
             for name, make in [*stages, ("C++", cpu_extension)]:
+                # The object stays: setuptools has already written its own notes on it.
+                vars(self.extensions[0]).update((key, value) for key, value in vars(make()).items() if key in SETTINGS)
+                self.compiler, self.inplace = compiler, inplace
                 try:
-                    self.extensions = [make()]
-                    self.compiler = compiler
-                    self.check_extensions_list(self.extensions)
                     super().run()
                 except (Exception, SystemExit) as error:
                     say(f"building the {name} extension FAILED: {error}")
@@ -132,7 +133,7 @@ def extension() -> dict[str, object]:
                     say(f"built the {name} extension")
                     return
             say("WARNING: no extension was built; wanda_fast will use its plain PyTorch reference")
-            self.extensions = []
+            self.extensions, self.inplace = [], inplace
 
     first = cuda_extension() if home is not None else cpu_extension()
     return {
@@ -147,6 +148,6 @@ setup(
     packages=packages(),
     # kernels/ is no package of its own: a top-level `kernels` would hide Hugging Face's.
     package_dir={"wanda_fast": "wanda_fast", "wanda_fast.kernels": "kernels"},
-    package_data={"wanda_fast": ["py.typed", "assets/**"]},
+    package_data={"wanda_fast": ["py.typed"], **{name: ["*"] for name in packages() if name.startswith("wanda_fast.assets")}},
     **extension(),
 )

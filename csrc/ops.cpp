@@ -178,6 +178,7 @@ void score_into(const Tensor& weight, Element element, bool channels_last, const
   });
 }
 
+// Whether each row (everything but dimension 0) is one dense run in the given format.
 bool rows_dense(const Tensor& t, bool channels_last) {
   int64_t expected = 1;
   const auto fits = [&](int64_t d) {
@@ -188,7 +189,7 @@ bool rows_dense(const Tensor& t, bool channels_last) {
   if (channels_last && !fits(1)) return false;
   for (int64_t d = t.dim() - 1; d >= 2; --d)
     if (!fits(d)) return false;
-  return channels_last || fits(1);
+  return channels_last || t.dim() < 2 || fits(1);
 }
 
 std::tuple<Tensor, Tensor> score_tensors(const Tensor& weight, const float* act_norm, int64_t channels_in) {

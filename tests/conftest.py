@@ -1,0 +1,62 @@
+"""Shared fixtures. Without a GPU, Triton kernels run under the interpreter, so that their values are tested everywhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:  # read when triton is first imported, so it has to be set here
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from wanda_fast import ops  # noqa: E402
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+# (backend, device) of every implementation that an operation may have.
+TARGETS = [("reference", "cpu"), ("cpu", "cpu"), ("triton", "cpu"), ("reference", "cuda"), ("triton", "cuda"), ("cuda", "cuda")]
+
+
+def targets_of(op: str) -> list[tuple[str, str]]:
+    """Those of TARGETS that the operation is written for."""
+    return [target for target in TARGETS if target[0] in ("reference", *ops._OPS[op].homes)]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test with an argument `target` runs once for each implementation of its module's operation (`OP`)."""
+    if "target" in metafunc.fixturenames:
+        targets = targets_of(metafunc.module.OP)
+        metafunc.parametrize("target", targets, indirect=True, ids=[f"{b}-{d}" for b, d in targets])
+
+
+@pytest.fixture
+def target(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """(backend, device); skipped, with the reason, where this machine or build has none."""
+    backend, device = request.param
+    if device == "cuda" and not HAS_GPU:
+        pytest.skip("no GPU is visible")
+    reason = ops.available_backends(device)[backend]
+    if reason:
+        pytest.skip(f"backend {backend} on {device}: {reason}")
+    return backend, device
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> Iterator[None]:
+    """Fresh memory is filled with NaN, so an output that is not fully written fails its test."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def restore_backend() -> Iterator[None]:
+    """Undo `ops.set_backend` after the test."""
+    before = ops.get_backend()
+    yield
+    ops._current = before
+    ops._selected.clear()
