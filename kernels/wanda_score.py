@@ -10,6 +10,7 @@ Source: Wanda, Sun et al. 2023, arXiv:2306.11695, equation 1 (S = |W|·||X||_2),
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -162,8 +163,8 @@ def _guard(device: torch.device) -> Any:
 
 
 def _check_weight(weight: Tensor) -> None:
-    if weight.dim() not in (2, 4):
-        raise ValueError(f"weight must have 2 or 4 dimensions, got shape {tuple(weight.shape)}")
+    if weight.dim() < 2:
+        raise ValueError(f"weight must have at least 2 dimensions, got shape {tuple(weight.shape)}")
     if weight.dtype not in DTYPES:
         raise ValueError(f"weight must be float32, float16 or bfloat16, got {weight.dtype}")
 
@@ -185,7 +186,7 @@ def _score(weight: Tensor, norm: Tensor, config: Config | None) -> tuple[Tensor,
     """`norm` is contiguous and on the weight's device."""
     groups = _groups(weight, norm.numel(), "act_norm")
     c_out, per_group = weight.shape[:2]
-    taps = weight.shape[2] * weight.shape[3] if weight.dim() == 4 else 1
+    taps = math.prod(weight.shape[2:])
     row = torch.empty(c_out, dtype=torch.float32, device=weight.device)
     col = torch.empty(norm.numel(), dtype=torch.float32, device=weight.device)
     if weight.numel() == 0:
@@ -222,7 +223,7 @@ def wanda_score(weight: Tensor, act_norm: Tensor, *, config: Config | None = Non
     """Row scores Σ_i,k |W|·n_i and column scores n_i·Σ_o,k |W| in one read of the weight.
 
     Args:
-        weight: [C_out, C_in / groups] or [C_out, C_in / groups, kh, kw]; fp32, fp16 or bf16. Either size may be 0.
+        weight: [C_out, C_in / groups, ...]; fp32, fp16 or bf16. Either size may be 0.
         act_norm: [C_in], ||X||_2 per input channel; groups = C_in / weight.shape[1].
         config: tile shape, for tuning; chosen from the size when None.
 

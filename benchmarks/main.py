@@ -1,0 +1,114 @@
+"""The command line of bench.py: choose operations and a device, run, print one table, write and compare JSON.
+
+A new operation is one file in this folder with `OP` and either `cases(device, size) -> list[Case]` or `rows(device, size, seed) -> list[dict]`;
+its name goes into OPERATIONS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import table
+from benchmarks.harness import copy_bandwidth, environment, log, run_case
+
+OPERATIONS = ("channel_sq_norm", "wanda_score", "compact", "conv_gram", "calibration_step", "whole_prune")
+FOLDER = Path(__file__).resolve().parent
+
+
+def operations() -> list[str]:
+    """Operations whose file is here."""
+    return [name for name in OPERATIONS if (FOLDER / f"{name}.py").exists()]
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="bench.py",
+        description="python bench.py --quick\n\nCheck every operation against float64 plain PyTorch, then time it beside plain PyTorch, torch.compile\n"
+        "and the published method's code. A wrong result gets no time and makes the exit code 1.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    p.add_argument("--op", action="append", choices=operations(), help="operation to run; may be repeated (default: all)")
+    p.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    size = p.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="few shapes; under a minute on two CPU cores")
+    size.add_argument("--full", action="store_true", help="every shape, dtype and layout; some minutes on a GPU")
+    p.add_argument("--no-compile", action="store_true", help="leave out the torch.compile rows, which take seconds each to build")
+    p.add_argument("--seed", type=int, default=0, help="seed of all inputs (default: 0)")
+    p.add_argument("--out", type=Path, metavar="FILE.json", help="write environment and rows")
+    p.add_argument("--compare", type=Path, metavar="FILE", help="show changes against an earlier --out file")
+    p.add_argument("--chart", type=Path, metavar="FILE.png", help="draw a bar chart of the share of copy bandwidth")
+    return p
+
+
+def run(ops: list[str], device: torch.device, size: str, *, seed: int, with_compile: bool) -> dict[str, Any]:
+    """Environment and rows of the chosen operations."""
+    torch.manual_seed(seed)
+    env = environment(device, seed)
+    env["size"] = size
+    log("  ".join(f"{k} {v}" for k, v in env.items() if v is not None))
+    copy_gbps = copy_bandwidth(device)
+    env["copy_gbps"] = round(copy_gbps, 1)
+    log(f"copy bandwidth {copy_gbps:.0f} GB/s (bytes read and written)")
+    rows: list[dict[str, Any]] = []
+    budget = {"quick": 0.1, "default": 0.25, "full": 0.3}[size]
+    for op in ops:
+        start = time.perf_counter()
+        module = importlib.import_module(f"benchmarks.{op}")
+        if hasattr(module, "rows"):
+            rows += module.rows(device, size, seed)
+        else:
+            cases = module.cases(device, size)
+            compile_ops = with_compile and (size != "quick" or device.type == "cuda")
+            for case in cases:
+                new = run_case(case, device, copy_gbps, seed=seed, quick=size == "quick", with_compile=compile_ops, budget_s=budget)
+                rows += new
+        log(f"{op}: {time.perf_counter() - start:.1f} s")
+    return {"env": env, "rows": rows}
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = parser()
+    args = p.parse_args(argv)
+    earlier = None
+    if args.compare is not None:
+        try:
+            earlier = json.loads(args.compare.read_text())
+        except (OSError, ValueError) as error:
+            p.exit(2, f"bench.py: cannot read {args.compare}: {error}\n")
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        p.exit(2, f"bench.py: --device {name} is no device\n")
+    if device.type not in ("cpu", "cuda"):
+        p.exit(2, f"bench.py: --device {name}: only cpu and cuda are timed\n")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            p.exit(2, "bench.py: --device cuda: no CUDA GPU is visible\n")
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+    if args.out is not None and not args.out.resolve().parent.is_dir():
+        p.exit(2, f"bench.py: --out {args.out}: its folder does not exist\n")
+    size = "quick" if args.quick else "full" if args.full else "default"
+    result = run(args.op or operations(), device, size, seed=args.seed, with_compile=not args.no_compile)
+    log("")
+    log(table.text(result["rows"]))
+    if args.out is not None:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        log(f"wrote {args.out}")
+    if earlier is not None:
+        log(table.comparison(earlier, result))
+    if args.chart is not None:
+        table.chart(result, args.chart)
+        log(f"wrote {args.chart}")
+    wrong = [row for row in result["rows"] if "error" in row]
+    if wrong:
+        log(f"{len(wrong)} wrong results; they have no times")
+    return 1 if wrong else 0

@@ -1,0 +1,354 @@
+// Physical pruning of a whole network on the GPU: result[i] = tensor[i].index_select(0, keep_out[i]).index_select(1, keep_in[i]).
+//
+// All tensors share a launch: a table of descriptors travels as kernel parameter (no copy to the device, safe in a captured graph), and every
+// block finds its tensor by binary search. A block works out the source offset of each of its columns once and then walks down the rows, so index
+// reads and divisions are spread over many rows. Where every 16-byte group of a block's columns is one aligned run in the source it moves
+// 16 bytes per thread; elsewhere neighbouring threads move neighbouring elements.
+// Traffic: each kept element is read once and written once.
+
+#include <cuda_runtime.h>
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <limits>
+#include <optional>
+#include <vector>
+
+namespace wanda_fast {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int kThreads = 256;
+constexpr int kVectorBytes = 16;
+// Rows one thread copies. With 16 bytes per row a block moves 32 KiB, long enough to pay for its column map.
+constexpr int kRowsPerThread = 8;
+
+// One tensor seen as [rows, outer, channels, inner] words: inner > 1 for contiguous convolution weights, outer > 1 for channels-last ones.
+struct Gather {
+  const char* src;
+  char* dst;
+  const int64_t* keep_out;  // null: all rows
+  const int64_t* keep_in;   // null: all channels
+  int64_t row_stride;       // words between source rows
+  int64_t rows;             // of the result
+  int64_t src_rows;
+  int32_t columns;  // words per row of the result
+  int32_t channels;
+  int32_t out_channels;
+  int32_t inner;
+  int32_t first_block;
+  int32_t column_blocks;
+  int16_t word;   // bytes: 1, 2, 4, 8 or 16
+  int16_t width;  // threads along a row, a power of two
+};
+
+// Kernel parameters end at 4 KiB before CUDA 12.1 and at 32,764 bytes since; the smaller tables cost less to send.
+template <int kCapacity>
+struct Table {
+  int32_t count;
+  Gather gather[kCapacity];
+};
+constexpr int kSmall = 46;
+constexpr int kMedium = 120;
+constexpr int kLarge = 360;
+static_assert(sizeof(Table<kSmall>) <= 4096 && sizeof(Table<kLarge>) <= 32764, "the table must fit the kernel parameters");
+
+__device__ __forceinline__ void check_index(int64_t index, int64_t limit, const char* name) {
+  if (index < 0 || index >= limit) {
+    printf("wanda_fast::compact: %s holds index %lld, outside [0, %lld)\n", name, static_cast<long long>(index), static_cast<long long>(limit));
+    __trap();
+  }
+}
+
+template <class Word>
+__device__ __forceinline__ void copy_rows(const Gather& g, int32_t local) {
+  constexpr int kWords = kVectorBytes / sizeof(Word);  // columns per thread
+  const int32_t width = g.width;
+  const int32_t lane = threadIdx.x % width;
+  const int32_t height = kThreads / width;
+  const int32_t first_column = local % g.column_blocks * width * kWords;
+  const int64_t first_row = static_cast<int64_t>(local / g.column_blocks) * height * kRowsPerThread;
+  const int64_t end_row = min(g.rows, first_row + height * kRowsPerThread);
+  const Word* const src = reinterpret_cast<const Word*>(g.src);
+  Word* const dst = reinterpret_cast<Word*>(g.dst);
+
+  const auto source_column = [&](int32_t column) -> int32_t {
+    if (g.keep_in == nullptr) return column;
+    const int32_t k = column % g.inner;
+    const int32_t c = column / g.inner;
+    const int64_t channel = g.keep_in[c % g.out_channels];
+    check_index(channel, g.channels, "keep_in");
+    return (c / g.out_channels * g.channels + static_cast<int32_t>(channel)) * g.inner + k;  // a source row has fewer than 2^31 words
+  };
+  const auto source_row = [&](int64_t row) -> int64_t {
+    if (g.keep_out == nullptr) return row * g.row_stride;
+    const int64_t index = g.keep_out[row];
+    check_index(index, g.src_rows, "keep_out");
+    return index * g.row_stride;
+  };
+
+  if constexpr (kWords > 1) {
+    // Sixteen bytes at a time if that is legal for every thread of the block.
+    const int32_t column = first_column + lane * kWords;
+    int32_t offset = 0;
+    bool run = g.columns % kWords == 0 && g.row_stride % kWords == 0 && reinterpret_cast<uintptr_t>(g.src) % kVectorBytes == 0 &&
+               reinterpret_cast<uintptr_t>(g.dst) % kVectorBytes == 0;
+    if (run && column < g.columns) {
+      offset = source_column(column);
+      run = offset % kWords == 0;
+      for (int w = 1; run && w < kWords; ++w) run = source_column(column + w) == offset + w;
+    }
+    if (__syncthreads_and(run)) {
+      if (column >= g.columns) return;
+      for (int64_t row = first_row + threadIdx.x / width; row < end_row; row += 4 * height) {
+        uint4 value[4];
+#pragma unroll
+        for (int a = 0; a < 4; ++a)
+          if (row + a * height < end_row) value[a] = __ldcs(reinterpret_cast<const uint4*>(src + source_row(row + a * height) + offset));
+#pragma unroll
+        for (int a = 0; a < 4; ++a)
+          if (row + a * height < end_row) __stcs(reinterpret_cast<uint4*>(dst + (row + a * height) * g.columns + column), value[a]);
+      }
+      return;
+    }
+  }
+
+  // Columns whose offsets one thread holds at once; bytes take two passes, so that the map stays in registers.
+  constexpr int kColumns = kWords < 8 ? kWords : 8;
+  constexpr int kAhead = kColumns == 1 ? 4 : kColumns == 8 ? 2 : 8 / kColumns;  // rows in flight: eight loads or 64 bytes per thread and more
+  for (int pass = 0; pass < kWords; pass += kColumns) {
+    const int32_t start = first_column + lane + pass * width;
+    int32_t offset[kColumns];
+#pragma unroll
+    for (int w = 0; w < kColumns; ++w) offset[w] = start + w * width < g.columns ? source_column(start + w * width) : -1;
+    for (int64_t row = first_row + threadIdx.x / width; row < end_row; row += kAhead * height) {
+      Word value[kAhead][kColumns];
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) {
+        if (row + a * height < end_row) {
+          const Word* const p = src + source_row(row + a * height);
+#pragma unroll
+          for (int w = 0; w < kColumns; ++w)
+            if (offset[w] >= 0) value[a][w] = p[offset[w]];
+        }
+      }
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) {
+        if (row + a * height < end_row) {
+          Word* const p = dst + (row + a * height) * g.columns + start;
+#pragma unroll
+          for (int w = 0; w < kColumns; ++w)
+            if (offset[w] >= 0) p[w * width] = value[a][w];
+        }
+      }
+    }
+  }
+}
+
+template <int kCapacity>
+__global__ void __launch_bounds__(kThreads, 3) compact_kernel(const __grid_constant__ Table<kCapacity> table) {
+  const int32_t block = static_cast<int32_t>(blockIdx.x);
+  int low = 0, high = table.count - 1;  // the last descriptor whose first block is not after this one
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (table.gather[middle].first_block <= block) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  const Gather& g = table.gather[low];
+  const int32_t local = block - g.first_block;
+  switch (g.word) {
+    case 1: copy_rows<uint8_t>(g, local); break;
+    case 2: copy_rows<uint16_t>(g, local); break;
+    case 4: copy_rows<uint32_t>(g, local); break;
+    case 8: copy_rows<uint64_t>(g, local); break;
+    default: copy_rows<uint4>(g, local); break;
+  }
+}
+
+template <int kCapacity>
+void launch(const std::vector<Gather>& jobs, size_t begin, size_t end, int64_t blocks, cudaStream_t stream) {
+  Table<kCapacity> table;
+  table.count = static_cast<int32_t>(end - begin);
+  std::copy(jobs.begin() + begin, jobs.begin() + end, table.gather);
+  compact_kernel<kCapacity><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(table);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+bool rows_dense(const Tensor& t, bool channels_last) {
+  int64_t expected = 1;
+  const auto fits = [&](int64_t d) {
+    const bool ok = t.size(d) == 1 || t.stride(d) == expected;
+    expected *= t.size(d);
+    return ok;
+  };
+  if (channels_last && !fits(1)) return false;
+  for (int64_t d = t.dim() - 1; d >= 2; --d)
+    if (!fits(d)) return false;
+  return channels_last || (t.dim() == 1 ? fits(0) : fits(1));
+}
+
+size_t table_capacity() {
+  static const size_t capacity = [] {
+    int driver = 0;
+    STD_CUDA_CHECK(cudaDriverGetVersion(&driver));
+    return static_cast<size_t>(driver >= 12010 && CUDART_VERSION >= 12010 ? kLarge : kSmall);
+  }();
+  return capacity;
+}
+
+std::vector<Tensor> compact(std::vector<Tensor> tensors, std::vector<std::optional<Tensor>> keep_out,
+                            std::vector<std::optional<Tensor>> keep_in) {
+  const size_t count = tensors.size();
+  STD_TORCH_CHECK(keep_out.size() == count && keep_in.size() == count, "keep_out and keep_in: must have one entry per tensor, ",
+                  count, "; they have ", keep_out.size(), " and ", keep_in.size());
+  std::vector<Tensor> results;
+  if (count == 0) return results;
+  const int32_t device = tensors[0].get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+
+  std::vector<Tensor> alive;  // dense copies; freed in stream order, after the gather
+  std::vector<Gather> jobs;
+  std::vector<int64_t> blocks_of;
+  results.reserve(count);
+  jobs.reserve(count);
+  blocks_of.reserve(count);
+  const auto index_of = [&](std::optional<Tensor>& keep, int64_t limit, const char* name, size_t i, int64_t& length) -> const int64_t* {
+    length = limit;
+    if (!keep) return nullptr;
+    STD_TORCH_CHECK(keep->dim() == 1 && keep->scalar_type() == ScalarType::Long, name, "[", i, "]: must be 1-D int64");
+    STD_TORCH_CHECK(keep->is_cuda() && keep->get_device_index() == device, name, "[", i, "]: must be on cuda:", device, " like the tensors");
+    length = keep->size(0);
+    if (length > 1 && keep->stride(0) != 1) {
+      alive.push_back(torch::stable::contiguous(*keep));
+      return static_cast<const int64_t*>(alive.back().const_data_ptr());
+    }
+    return static_cast<const int64_t*>(keep->const_data_ptr());
+  };
+
+  for (size_t i = 0; i < count; ++i) {
+    Tensor t = tensors[i];
+    const int64_t dim = t.dim();
+    STD_TORCH_CHECK(dim >= 1 && dim <= 8, "tensors[", i, "]: must have 1 to 8 dimensions, not ", dim);
+    STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == device, "tensors[", i, "]: must be on cuda:", device, " like tensors[0]");
+    STD_TORCH_CHECK(dim >= 2 || !keep_in[i], "keep_in[", i, "]: must be None for a 1-D tensor");
+    bool channels_last = false;
+    if (!rows_dense(t, false)) {
+      channels_last = (dim == 4 || dim == 5) && t.stride(0) * t.size(0) == t.numel() && rows_dense(t, true);
+      if (!channels_last) {
+        t = torch::stable::contiguous(t);
+        alive.push_back(t);
+      }
+    }
+    int64_t sizes[8], strides[8];
+    for (int64_t d = 0; d < dim; ++d) sizes[d] = t.size(d);
+    const int64_t src_rows = sizes[0];
+    const int64_t channels = dim >= 2 ? sizes[1] : 1;
+    const int64_t* const rows_kept = index_of(keep_out[i], src_rows, "keep_out", i, sizes[0]);
+    const int64_t* const channels_kept = dim >= 2 ? index_of(keep_in[i], channels, "keep_in", i, sizes[1]) : nullptr;
+    int64_t inner = 1;
+    for (int64_t d = 2; d < dim; ++d) inner *= sizes[d];
+    int64_t stride = 1;
+    if (channels_last) strides[1] = 1, stride = std::max<int64_t>(sizes[1], 1);
+    for (int64_t d = dim - 1; d >= (channels_last ? 2 : 0); --d) {
+      strides[d] = stride;
+      stride *= std::max<int64_t>(sizes[d], 1);
+    }
+    if (channels_last) strides[0] = stride;
+    int32_t dtype = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+    AtenTensorHandle handle = nullptr;  // one C call; the dispatcher would cost more than the copy of a small tensor
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cuda(), device, &handle));
+    results.emplace_back(handle);
+    const int64_t out_channels = dim >= 2 ? sizes[1] : 1;
+    if (sizes[0] == 0 || out_channels == 0 || inner == 0) continue;
+
+    const int64_t size = static_cast<int64_t>(t.element_size());
+    Gather g{};
+    g.src = static_cast<const char*>(t.const_data_ptr());
+    g.dst = static_cast<char*>(results.back().mutable_data_ptr());
+    int64_t unit;  // bytes that stay together; the words that are copied may be as wide as it allows
+    int64_t columns, row_stride;
+    if (dim == 1 || (channels * inner == 1 && t.stride(0) == 1)) {
+      // A vector is one row, its entries the channels.
+      g.keep_in = rows_kept;
+      g.rows = g.src_rows = 1;
+      g.inner = 1;
+      columns = sizes[0];
+      g.channels = static_cast<int32_t>(src_rows);
+      g.out_channels = static_cast<int32_t>(columns);
+      row_stride = src_rows;
+      STD_TORCH_CHECK(src_rows <= std::numeric_limits<int32_t>::max() && t.stride(0) == 1, "tensors[", i, "]: a vector must be dense");
+      unit = rows_kept == nullptr ? columns * size : size;
+    } else {
+      g.keep_out = rows_kept;
+      g.keep_in = channels_kept;
+      g.rows = sizes[0];
+      g.src_rows = src_rows;
+      row_stride = t.stride(0);
+      columns = out_channels * inner;
+      g.channels = static_cast<int32_t>(channels);
+      g.out_channels = static_cast<int32_t>(out_channels);
+      g.inner = static_cast<int32_t>(channels_last ? 1 : inner);
+      unit = channels_kept == nullptr ? columns * size : g.inner * size;
+    }
+    STD_TORCH_CHECK(channels * inner <= std::numeric_limits<int32_t>::max(), "tensors[", i, "]: rows are limited to 2^31 - 1 elements");
+    int64_t word = size;
+    const uint64_t aligned = static_cast<uint64_t>(unit) | static_cast<uint64_t>(row_stride * size) | reinterpret_cast<uintptr_t>(g.src) |
+                             reinterpret_cast<uintptr_t>(g.dst);
+    while (word < kVectorBytes && aligned % (2 * word) == 0) word *= 2;
+    STD_TORCH_CHECK(word == 1 || word == 2 || word == 4 || word == 8 || word == 16, "tensors[", i, "]: elements of ", size, " bytes");
+    g.word = static_cast<int16_t>(word);
+    g.inner = static_cast<int32_t>(std::max<int64_t>(1, g.inner * size / word));
+    g.columns = static_cast<int32_t>(columns * size / word);
+    g.row_stride = row_stride * size / word;
+    const int64_t per_thread = kVectorBytes / word;
+    int32_t width = 1;
+    while (width < kThreads && width * per_thread < g.columns) width *= 2;
+    g.width = static_cast<int16_t>(width);
+    g.column_blocks = static_cast<int32_t>(ceil_div(g.columns, width * per_thread));
+    blocks_of.push_back(g.column_blocks * ceil_div(g.rows, static_cast<int64_t>(kThreads / width) * kRowsPerThread));
+    jobs.push_back(g);
+  }
+
+  constexpr int64_t kMaxBlocks = std::numeric_limits<int32_t>::max();
+  for (size_t begin = 0; begin < jobs.size();) {
+    const size_t limit = std::min(jobs.size(), begin + table_capacity());
+    int64_t blocks = 0;
+    size_t end = begin;
+    for (; end < limit && blocks + blocks_of[end] <= kMaxBlocks; ++end) {
+      jobs[end].first_block = static_cast<int32_t>(blocks);
+      blocks += blocks_of[end];
+    }
+    STD_TORCH_CHECK(end > begin, "tensors: one tensor needs more blocks than a launch has");
+    const size_t used = end - begin;
+    if (used <= kSmall) {
+      launch<kSmall>(jobs, begin, end, blocks, static_cast<cudaStream_t>(stream));
+    } else if (used <= kMedium) {
+      launch<kMedium>(jobs, begin, end, blocks, static_cast<cudaStream_t>(stream));
+    } else {
+      launch<kLarge>(jobs, begin, end, blocks, static_cast<cudaStream_t>(stream));
+    }
+    begin = end;
+  }
+  return results;
+}
+
+}  // namespace
+}  // namespace wanda_fast
+
+STABLE_TORCH_LIBRARY_IMPL(wanda_fast, CUDA, m) { m.impl("compact", TORCH_BOX(&wanda_fast::compact)); }
