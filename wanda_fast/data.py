@@ -80,9 +80,18 @@ def load_images(
             return images[_evenly(len(images), n)]
         if scheduler is None:
             raise ValueError("drawing the model's own samples needs its scheduler")
-        return sampling.sample(unet, scheduler, n, steps=steps, seed=seed ^ SHEET_SEED, batch_size=batch_size,
-        device=device,
-                               dtype=dtype, progress=progress, desc="drawing calibration images")  # fmt: skip
+        return sampling.sample(
+            unet,
+            scheduler,
+            n,
+            steps=steps,
+            seed=seed ^ SHEET_SEED,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            progress=progress,
+            desc="drawing calibration images",
+        )
     if channels not in (1, 3):
         raise UserError(f"the network has {channels} channels; images can be read for 1 or 3. Use the dataset 'self'.")
     if spec == "cifar10":
@@ -255,7 +264,7 @@ def read_sample_sheet() -> Tensor:
 def make_sample_sheet(
     path: str | os.PathLike[str] | None = None,
     *,
-    steps: int = 100,
+    steps: int = 50,
     seed: int = SHEET_SEED,
     batch_size: int = 32,
     device: torch.device | str | None = None,
@@ -268,7 +277,16 @@ def make_sample_sheet(
     from .checkpoint import BUNDLED_SAMPLES, load_pipeline
 
     loaded = load_pipeline(None)
-    images = sampling.sample(loaded.unet, loaded.scheduler, SHEET_TILES**2, steps=steps, seed=seed,
-    batch_size=batch_size,
-                             device=device, dtype=dtype, progress=True, desc="sample sheet")  # fmt: skip
+    images = sampling.sample(
+        loaded.unet,
+        loaded.scheduler,
+        SHEET_TILES**2,
+        steps=steps,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        progress=True,
+        desc="sample sheet",
+    )
     sampling.save_grid(images, path or BUNDLED_SAMPLES, columns=SHEET_TILES, padding=0, scale=1)

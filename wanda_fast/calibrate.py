@@ -1,0 +1,440 @@
+"""Calibration: run noised images, or the model's own sampling trajectory, through the network and fill ActivationStats.
+
+``wanda_fast.calibrate(...)`` and ``wanda_fast.calibrate.calibrate(...)`` are the same function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from ._callable import make_callable
+from .errors import UserError
+from .sampling import (
+    channels_last,
+    check_network,
+    class_labels,
+    generator,
+    image_shape,
+    make_stepper,
+    noise,
+    place,
+    predict,
+    to_float,
+)
+from .stats import BINS, ActivationStats, fingerprint, parse_target_steps
+
+MODES = ("random", "trajectory")
+ROWS = ("auto", "sample", "bin")
+TABLE_LIMIT = 256 << 20  # bytes of all tables up to which each sample gets its own row
+_SUM_QUANTUM = 2.0**-20
+
+
+class NonFiniteActivations(UserError, RuntimeError):
+    """NaN or Inf entered a layer; the text names the first such layer."""
+
+
+class Batch(NamedTuple):
+    """A batch of network inputs: x_t [N, C, H, W] float32, t [N] int64, labels [N] int64 or None, all on the device;
+    indices [N] int64 of the samples, on the CPU.
+    """
+
+    x: Tensor
+    t: Tensor
+    indices: Tensor
+    labels: Tensor | None
+
+
+def calibrate(
+    unet: nn.Module,
+    scheduler: Any,
+    images: Tensor | None,
+    *,
+    n: int = 1024,
+    mode: str = "random",
+    target_steps: str | tuple[int, int] = "all",
+    batch_size: int = 64,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+    rows: str = "auto",
+    means: bool = False,
+    part: tuple[int, int] | None = None,
+    trajectory_steps: int = 50,
+    dataset: str = "",
+    progress: bool = False,
+) -> ActivationStats:
+    """Σ x² of every input channel of every Conv2d and Linear, for n noised images.
+
+    Args:
+        unet: UNet2DModel; moved to `device` if it is elsewhere.
+        images: uint8 [N, H, W, C] or float [-1, 1] [N, C, H, W]; sample i is images[i % N]. Not used by "trajectory".
+        n: number of noised images.
+        mode: "random": images noised to timesteps that cover the target evenly; "trajectory": states of the model's own
+        DDIM
+            trajectory started from noise, at the steps inside the target.
+        target_steps: see :func:`wanda_fast.stats.parse_target_steps`, or [low, high).
+        dtype: bfloat16 or float16 runs the network under autocast. Sums are float32 always.
+        backend: of ``ops.channel_sq_norm``.
+        rows: "sample", "bin", or "auto": samples while all tables together take at most 256 MiB.
+        means: also collect Σ x per channel (costs a second pass over every activation).
+        part: only samples part[0] … part[1]-1 of the n. Parts merge to the whole run, bit for bit where they end at
+        multiples of the
+            batch size (the network itself rounds differently in batches of another size).
+        dataset: name recorded with the statistics.
+
+    Raises:
+        NonFiniteActivations: NaN or Inf reached a layer, which is named. It is a UserError and a RuntimeError.
+        UserError: bad arguments, or an unsupported network.
+    """
+    from tqdm import tqdm
+
+    if rows not in ROWS:
+        raise UserError(f"rows {rows!r} is not one of {', '.join(ROWS)}.")
+    check_network(unet)
+    device, dtype = place(unet, device, dtype)
+    total = int(scheduler.config.num_train_timesteps)
+    target = parse_target_steps(target_steps, total) if isinstance(target_steps, str) else target_steps
+    first, last = part or (0, n)
+    if not 0 <= first < last <= n:
+        raise UserError(f"samples {first} to {last} are no part of the {n} calibration images.")
+    layers = collect_layers(unet)
+    if not layers:
+        raise UserError("the network has no Conv2d and no Linear layer.")
+    width = sum(m.in_channels if isinstance(m, nn.Conv2d) else m.in_features for m in layers.values())
+    per_sample = rows == "sample" or (rows == "auto" and n * width * 4 <= TABLE_LIMIT)
+    count = last - first if per_sample else BINS
+    timesteps = torch.zeros(count, dtype=torch.int64)
+    counts = torch.zeros(count, dtype=torch.int64)
+    batches = noised_batches(
+        unet,
+        scheduler,
+        images,
+        n=n,
+        mode=mode,
+        target=target,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        part=(first, last),
+        trajectory_steps=trajectory_steps,
+    )
+    was_training = unet.training
+    unet.eval()
+    try:
+        with (
+            torch.no_grad(),
+            channels_last(unet),
+            Collector(layers, count, device, backend=backend, means=means) as collector,
+            tqdm(total=last - first, desc="calibration", unit="image", disable=not progress) as bar,
+        ):
+            out: Tensor | None = None
+            while True:
+                try:
+                    batch = batches.send(out)
+                except StopIteration:
+                    break
+                t = batch.t.to("cpu")
+                row = batch.indices - first if per_sample else (t - target[0]) * BINS // (target[1] - target[0])
+                timesteps[row] = t
+                counts.index_add_(0, row, torch.ones_like(row))
+                with collector.record(row.to(device)):
+                    out = predict(unet, batch.x, batch.t, batch.labels, dtype=dtype)
+                bar.update(len(row))
+    finally:
+        unet.train(was_training)
+    tables = collector.tables()
+    for name, table in tables.items():
+        if not bool(torch.isfinite(table).all()):
+            raise NonFiniteActivations(f"NaN or Inf in the activations that enter layer {name}.")
+    if not per_sample:
+        low, high = target
+        timesteps = torch.tensor([low + (high - low) * (2 * b + 1) // (2 * BINS) for b in range(BINS)])
+        used = counts > 0
+        timesteps, counts = timesteps[used], counts[used]
+        tables = {name: table[used] for name, table in tables.items()}
+    samples = torch.arange(first, last) if per_sample else torch.full((len(counts),), -1)
+    return ActivationStats(
+        tables=tables,
+        positions=collector.positions,
+        timesteps=timesteps,
+        counts=counts,
+        samples=samples,
+        num_train_timesteps=total,
+        model=fingerprint(unet),
+        info={
+            "dataset": dataset,
+            "seed": seed,
+            "n": n,
+            "mode": mode,
+            "target": list(target),
+            "dtype": str(dtype)[6:],
+            "rows": "sample" if per_sample else "bin",
+            "trajectory_steps": trajectory_steps if mode == "trajectory" else None,
+            "versions": _versions(),
+        },
+        sums=collector.sums,
+    )
+
+
+def collect_layers(unet: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
+    """Every Conv2d and Linear by its qualified name."""
+    return {name: m for name, m in unet.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+
+
+def _versions() -> dict[str, str]:
+    import diffusers
+
+    from . import __version__
+
+    return {"wanda_fast": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+
+
+# ---------------------------------------------------------------------------------------------------------------- hooks
+
+
+class Collector:
+    """Hooks that add the energy of every layer's input to tables, while :meth:`record` is active.
+
+    A hook launches one kernel and never waits for the device. Layers that are given the very same tensor one after the
+    other (queries, keys and values) share one table.
+    """
+
+    def __init__(
+        self,
+        layers: dict[str, nn.Conv2d | nn.Linear],
+        rows: int,
+        device: torch.device,
+        *,
+        backend: str | None = None,
+        means: bool = False,
+    ) -> None:
+        self._layers = layers
+        self._count = rows
+        self._device = device
+        self._backend = backend
+        self._means = means
+        self._rows: Tensor | None = None
+        self._own: dict[str, Tensor] = {}
+        self._owner: dict[str, str] = {}  # in the order of execution
+        self._last: tuple[Tensor, int, str] | None = None
+        self._handles: list[Any] = []
+        self.positions: dict[str, int] = {}
+        self._sums: dict[str, Tensor] = {}
+
+    def __enter__(self) -> Collector:
+        for name, layer in self._layers.items():
+            self._handles.append(layer.register_forward_pre_hook(self._hook(name)))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def record(self, rows: Tensor) -> _Recording:
+        """Record the forward pass in the block; sample k of the batch belongs to row rows[k]."""
+        return _Recording(self, rows)
+
+    def _hook(self, name: str) -> Any:
+        def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
+            rows = self._rows
+            if rows is None:
+                return
+            x: Tensor = args[0]
+            if x.shape[0] != len(rows):
+                raise RuntimeError(f"layer {name} sees a batch of {x.shape[0]}, the network was given {len(rows)}")
+            # The tensor is held, so an equal identity cannot be a recycled one; the version tells of changes in place.
+            if self._last is not None and self._last[0] is x and self._last[1] == x._version:
+                owner = self._last[2]
+            else:
+                owner = name
+                self._last = (x, x._version, name)
+            if self._owner.setdefault(name, owner) != owner:
+                raise RuntimeError(f"layer {name} shared its input in one forward pass and not in another")
+            if owner == name:
+                self._add(name, layer, x, rows)
+            else:
+                self.positions[name] = self.positions[owner]
+
+        return hook
+
+    def _add(self, name: str, layer: nn.Module, x: Tensor, rows: Tensor) -> None:
+        is_conv = isinstance(layer, nn.Conv2d)
+        if not is_conv and x.dim() > 3:
+            x = x.reshape(x.shape[0], -1, x.shape[-1])
+        channels = x.shape[1] if is_conv else x.shape[-1]
+        if name not in self._own:
+            self._own[name] = torch.zeros(self._count, channels, dtype=torch.float32, device=self._device)
+            self.positions[name] = x[0].numel() // channels
+        ops.channel_sq_norm(x, rows, self._own[name], backend=self._backend)
+        if self._means:
+            total = x.sum((0, 2, 3) if is_conv else tuple(range(x.dim() - 1)), dtype=torch.float32).double()
+            # Multiples of a fixed quantum add up exactly in float64, so the order of the batches leaves no trace.
+            total = (total / _SUM_QUANTUM).round() * _SUM_QUANTUM
+            self._sums[name] = self._sums[name] + total if name in self._sums else total
+
+    def tables(self) -> dict[str, Tensor]:
+        """Layer → [R, C_in] float32 on the CPU, in the order of execution; shared tables are one object."""
+        own = {name: table.to("cpu") for name, table in self._own.items()}
+        return {name: own[owner] for name, owner in self._owner.items()}
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """Layer → [C_in] float64 on the CPU; empty without `means`."""
+        own = {name: total.to("cpu") for name, total in self._sums.items()}
+        return {name: own[owner] for name, owner in self._owner.items() if owner in own}
+
+
+class _Recording:
+    def __init__(self, collector: Collector, rows: Tensor) -> None:
+        self._collector = collector
+        self._new_rows = rows
+
+    def __enter__(self) -> None:
+        self._collector._rows = self._new_rows
+
+    def __exit__(self, *exc: object) -> None:
+        self._collector._rows = None
+        self._collector._last = None
+
+
+# --------------------------------------------------------------------------------------------------------------- inputs
+
+
+def timestep_schedule(n: int, low: int, high: int, rng: torch.Generator) -> Tensor:
+    """[n] int64 timesteps that cover [low, high) evenly: one in each of n equal slices, in shuffled order."""
+    place_in_slice = torch.rand(n, generator=rng, dtype=torch.float64)
+    spread = (torch.arange(n, dtype=torch.float64) + place_in_slice) * ((high - low) / n)
+    t = (low + spread.floor().to(torch.int64)).clamp(low, high - 1)
+    return t[torch.randperm(n, generator=rng)]
+
+
+def noised_batches(
+    unet: nn.Module,
+    scheduler: Any,
+    images: Tensor | None,
+    *,
+    n: int,
+    mode: str = "random",
+    target: tuple[int, int] | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    part: tuple[int, int] | None = None,
+    trajectory_steps: int = 50,
+) -> Generator[Batch, Tensor | None, None]:
+    """Network inputs for n samples; repeating the call repeats the batches.
+
+    "random": x_t = √ᾱ_t x₀ + √(1-ᾱ_t) ε with x₀ = images[i % N]; ε depends on (seed, i), t on (seed, n, i). "
+    ""trajectory": sample i is a
+    state of a DDIM trajectory of `trajectory_steps` steps. Trajectories are run by this generator, with the network's
+    output sent back into it (``batches.send(eps)``) or, in a plain for loop, with a forward pass of its own.
+
+    Args:
+        target: [low, high) of t, None for all timesteps.
+        part: yield samples part[0] … part[1]-1 alone.
+
+    Raises:
+        UserError: bad arguments, images that do not fit the network, or no step of the trajectory inside the target.
+    """
+    if mode not in MODES:
+        raise UserError(f"timesteps mode {mode!r} is not one of {', '.join(MODES)}.")
+    if n < 1 or batch_size < 1:
+        raise UserError(f"the number of calibration images ({n}) and the batch size ({batch_size}) must be at least 1.")
+    low, high = target or (0, int(scheduler.config.num_train_timesteps))
+    first, last = part or (0, n)
+    device, dtype = place(unet, device, dtype)
+    if mode == "trajectory":
+        yield from _trajectory(
+            unet, scheduler, n, low, high, first, last, batch_size, seed, device, dtype, trajectory_steps
+        )
+        return
+    shape = image_shape(unet)
+    if images is None or len(images) == 0:
+        raise UserError("calibration with noised images needs at least one image.")
+    have = (images.shape[3], *images.shape[1:3]) if images.dtype == torch.uint8 else tuple(images.shape[1:])
+    if tuple(have) != shape:
+        raise UserError(
+            f"the calibration images are {tuple(have)} (channels, height, width), the network needs {shape}."
+        )
+    schedule = timestep_schedule(n, low, high, generator(seed, "timesteps", 0))
+    alphas = scheduler.alphas_cumprod.to("cpu", torch.float64)
+    for start in range(first, last, batch_size):
+        indices = torch.arange(start, min(start + batch_size, last))
+        t = schedule[indices]
+        signal = alphas[t].sqrt().float().view(-1, 1, 1, 1)
+        blur = (1 - alphas[t]).sqrt().float().view(-1, 1, 1, 1)
+        x = signal * to_float(images[indices % len(images)]) + blur * noise(
+            shape, indices.tolist(), seed, "calibration"
+        )
+        yield Batch(x.to(device), t.to(device), indices, class_labels(unet, indices.tolist(), seed, device))
+
+
+def _trajectory(
+    unet: nn.Module,
+    scheduler: Any,
+    n: int,
+    low: int,
+    high: int,
+    first: int,
+    last: int,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    steps: int,
+) -> Generator[Batch, Tensor | None, None]:
+    """States of DDIM trajectories. Sample i lies on trajectory i % m, and each trajectory gives its samples at steps
+    spread over the target, shifted from one trajectory to the next.
+    """
+    stepper = make_stepper(scheduler, steps)
+    inside = [k for k, t in enumerate(stepper.timesteps.tolist()) if low <= t < high]
+    if not inside:
+        raise UserError(f"none of the {steps} DDIM steps lies in timesteps {low}-{high}.")
+    # Enough trajectories for all samples; at least eight, since the states of one resemble each other.
+    m = max(-(-n // len(inside)), min(n, 8))
+    per = -(-n // m)
+    shape = image_shape(unet)
+    for start in range(0, m, batch_size):
+        mine = torch.arange(start, min(start + batch_size, m))
+        at: dict[int, list[tuple[int, int]]] = {}  # step → (place in the batch, sample)
+        for k, trajectory in enumerate(mine.tolist()):
+            for j, i in enumerate(range(trajectory, n, m)):
+                step = inside[int((j + (trajectory + 0.5) / m) * len(inside) / per)]
+                if first <= i < last:
+                    at.setdefault(step, []).append((k, i))
+        if not at:
+            continue
+        x = noise(shape, mine.tolist(), seed, "trajectory").to(device)
+        labels = class_labels(unet, mine.tolist(), seed, device)
+        for k, t in enumerate(stepper.timesteps.tolist()):
+            eps = None
+            if k in at:
+                chosen = torch.tensor([c for c, _ in at[k]])
+                indices = torch.tensor([i for _, i in at[k]])
+                pick = chosen.to(device)
+                batch = Batch(
+                    x[pick],
+                    torch.full((len(pick),), t, device=device),
+                    indices,
+                    None if labels is None else labels[pick],
+                )
+                out = yield batch
+                eps = out if len(chosen) == len(mine) else None
+            if k >= max(at):
+                break
+            if eps is None:
+                with torch.no_grad():
+                    eps = predict(unet, x, torch.full((len(mine),), t, device=device), labels, dtype=dtype)
+            x = stepper.step(eps, t, x, eta=0.0).prev_sample
+
+
+make_callable(__name__)

@@ -1,0 +1,384 @@
+"""ActivationStats: how strongly every input channel of every layer is used, kept per timestep.
+
+The tables hold Σ x² over positions, in rows. With one row per calibration sample nothing is decided yet: every strategy
+over samples and timesteps, and every target range, can be applied to saved statistics without another calibration. Very
+large models get one row per timestep bin, from which only the root mean square over samples can be formed.
+
+From rows to ‖X‖₂ of a layer, [C_in]:
+
+1. rows outside the target range are left out, the others are grouped by timestep: one group per timestep while there
+are at
+   most 64, otherwise 32 bins of equal width over the target range;
+2. the activation strategy makes one norm per group: ``mean`` √(Σ x² / samples), the root mean square of the per-sample
+norms;
+   ``max`` and ``median`` of the per-sample norms;
+3. the time strategy joins the groups: ``mean``, ``max``, ``median``, or ``weighted_mean`` with weights that rise
+linearly from
+   0.5 at the noisiest timestep of the target range to 1.5 at the cleanest.
+
+Source: Wanda, Sun et al. 2023, arXiv:2306.11695, section 3, for ‖X‖₂; the strategies over time are those of Wanda-Diff.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UserError
+
+TIME_STRATEGIES = ("mean", "max", "median", "weighted_mean")
+ACTIVATION_STRATEGIES = ("mean", "max", "median")
+TARGET_STEPS = ("all", "early", "late", "middle")
+EXACT_GROUPS = 64
+BINS = 32
+FORMAT = "wanda_fast.activation_stats/1"
+
+
+@dataclass
+class ActivationStats:
+    """Activation energies of one network.
+
+    Attributes:
+        tables: layer → [R, C_in] float32, Σ x² over the positions (and samples) of the row.
+        positions: layer → positions per sample: H·W of a convolution's input, L of a token sequence, 1 for vectors.
+        timesteps: [R] int64; of a bin its middle.
+        counts: [R] int64, samples in the row.
+        samples: [R] int64, index of the row's sample in its run, or -1 for a bin.
+        num_train_timesteps: length of the noise schedule.
+        model: fingerprint of the network, see :func:`fingerprint`.
+        info: how the statistics came about: dataset, seed, mode, target, dtype, versions. JSON.
+        sums: layer → [C_in] float64, Σ x over all samples and positions; empty unless the calibration was asked for
+        means.
+    """
+
+    tables: dict[str, Tensor]
+    positions: dict[str, int]
+    timesteps: Tensor
+    counts: Tensor
+    samples: Tensor
+    num_train_timesteps: int
+    model: dict[str, str]
+    info: dict[str, Any] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rows = len(self.timesteps)
+        if not self.tables or rows == 0:
+            raise UserError("the activation statistics are empty.")
+        if len(self.counts) != rows or len(self.samples) != rows or any(len(t) != rows for t in self.tables.values()):
+            raise UserError("the activation statistics are inconsistent: their tables have different numbers of rows.")
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether each row is one sample, so that every activation strategy can be applied."""
+        return bool((self.counts == 1).all())
+
+    def check_model(self, unet: nn.Module) -> None:
+        """Refuse the statistics of another network.
+
+        Raises:
+            UserError: the architecture or the weights differ.
+        """
+        here = fingerprint(unet)
+        if self.model.get("architecture") != here["architecture"]:
+            raise UserError("the activation statistics belong to a network of another architecture.")
+        if self.model.get("weights") != here["weights"]:
+            raise UserError("the activation statistics belong to a network of this architecture with other weights.")
+
+    # ------------------------------------------------------------------------------------------------------- strategies
+
+    def grouped(
+        self, layer: str, *, activation_strategy: str = "mean", target_steps: str | tuple[int, int] = "all"
+    ) -> tuple[Tensor, Tensor]:
+        """Norms per timestep group: (mean timestep [G] float64 rising, ‖X‖₂ [G, C_in] float32).
+
+        Raises:
+            UserError: unknown layer or strategy, no rows in the target range, or a strategy that needs per-sample rows.
+        """
+        _check_choice("activation strategy", activation_strategy, ACTIVATION_STRATEGIES)
+        if layer not in self.tables:
+            raise UserError(f"the activation statistics have no layer {layer}.")
+        if activation_strategy != "mean" and not self.per_sample:
+            raise UserError(
+                f"the activation strategy {activation_strategy} needs one row per sample, but these statistics hold "
+                f"one row per "
+                "timestep bin (calibrate with fewer images, or ask for sample rows)."
+            )
+        rows, group, groups = self._groups(target_steps)
+        counts = self.counts[rows].double()
+        total = torch.zeros(groups, dtype=torch.float64).index_add_(0, group, counts)
+        when = torch.zeros(groups, dtype=torch.float64).index_add_(0, group, counts * self.timesteps[rows]) / total
+        sq = self.tables[layer].to("cpu")[rows]
+        if activation_strategy == "mean":
+            energy = torch.zeros(groups, sq.shape[1], dtype=torch.float64).index_add_(0, group, sq.double())
+            return when, (energy / total[:, None]).sqrt().float()
+        parts = [sq[group == g].sqrt() for g in range(groups)]
+        if activation_strategy == "max":
+            return when, torch.stack([p.amax(0) for p in parts])
+        return when, torch.stack([_median(p) for p in parts])
+
+    def _groups(self, target_steps: str | tuple[int, int]) -> tuple[Tensor, Tensor, int]:
+        """(indices of the rows in the target, group of each, number of groups); groups are numbered by rising
+        timestep.
+        """
+        low, high = self._target(target_steps)
+        rows = ((self.timesteps >= low) & (self.timesteps < high)).nonzero().flatten()
+        if len(rows) == 0:
+            have = f"{int(self.timesteps.min())} to {int(self.timesteps.max())}"
+            raise UserError(f"the activation statistics have no samples in timesteps {low}-{high}; they cover {have}.")
+        t = self.timesteps[rows]
+        distinct = t.unique()
+        key = t if len(distinct) <= EXACT_GROUPS else (t - low) * BINS // (high - low)
+        present, group = key.unique(return_inverse=True)
+        return rows, group, len(present)
+
+    def _target(self, target_steps: str | tuple[int, int]) -> tuple[int, int]:
+        return (
+            parse_target_steps(target_steps, self.num_train_timesteps)
+            if isinstance(target_steps, str)
+            else target_steps
+        )
+
+    def act_norm(
+        self,
+        layer: str,
+        *,
+        time_strategy: str = "mean",
+        activation_strategy: str = "mean",
+        target_steps: str | tuple[int, int] = "all",
+    ) -> Tensor:
+        """‖X‖₂ of every input channel of a layer, [C_in] float32 on the CPU; see the module's text for the formula.
+
+        Raises:
+            UserError: as :meth:`grouped`, or an unknown time strategy.
+        """
+        _check_choice("time strategy", time_strategy, TIME_STRATEGIES)
+        when, norms = self.grouped(layer, activation_strategy=activation_strategy, target_steps=target_steps)
+        if time_strategy == "max":
+            return norms.amax(0)
+        if time_strategy == "median":
+            return _median(norms)
+        weights = self._time_weights(when, time_strategy, target_steps)
+        return (weights[:, None] * norms.double()).sum(0).float()
+
+    def _time_weights(self, when: Tensor, time_strategy: str, target_steps: str | tuple[int, int]) -> Tensor:
+        """[G] float64, sum 1."""
+        weights = torch.ones_like(when)
+        if time_strategy == "weighted_mean":
+            low, high = self._target(target_steps)
+            weights = 0.5 + ((high - 1 - when) / max(high - 1 - low, 1)).clamp(0, 1)
+        return weights / weights.sum()
+
+    def score_table(
+        self,
+        layer: str,
+        *,
+        time_strategy: str = "mean",
+        activation_strategy: str = "mean",
+        target_steps: str | tuple[int, int] = "all",
+    ) -> tuple[Tensor, Tensor]:
+        """(sq [G, C_in], row_weight [G]), float32, for ``ops.wanda_score_stats``: Σ_g row_weight[g] √sq[g, c] =
+        act_norm[c].
+
+        Strategies that are no weighted sum (max and median over time) come as a single row.
+        """
+        _check_choice("time strategy", time_strategy, TIME_STRATEGIES)
+        if time_strategy in ("max", "median"):
+            norm = self.act_norm(
+                layer, time_strategy=time_strategy, activation_strategy=activation_strategy, target_steps=target_steps
+            )
+            return norm.square()[None], torch.ones(1)
+        when, norms = self.grouped(layer, activation_strategy=activation_strategy, target_steps=target_steps)
+        return norms.square(), self._time_weights(when, time_strategy, target_steps).float()
+
+    # ---------------------------------------------------------------------------------------------------------- merging
+
+    def merge(self, *others: ActivationStats) -> ActivationStats:
+        """Join statistics of the same network.
+
+        Parts of one run (same info) come in the order of their samples, so that two halves give the whole run bit for
+        bit; other sample rows are appended. Bins are added.
+
+        Raises:
+            UserError: another network, other layers, a sample twice, or bins that do not match.
+        """
+        everyone = [self, *others]
+        for other in others:
+            if other.model != self.model or other.num_train_timesteps != self.num_train_timesteps:
+                raise UserError("statistics of different networks cannot be merged.")
+            if {n: t.shape[1] for n, t in other.tables.items()} != {n: t.shape[1] for n, t in self.tables.items()}:
+                raise UserError("statistics with different layers cannot be merged.")
+            if other.per_sample != self.per_sample:
+                raise UserError("statistics per sample and per timestep bin cannot be merged.")
+        sums = {
+            n: torch.stack([s.sums[n] for s in everyone]).sum(0)
+            for n in self.sums
+            if all(n in s.sums for s in everyone)
+        }
+        same_run = all(s.info == self.info for s in others)
+        info = dict(self.info) if same_run else {"runs": [r for s in everyone for r in s.info.get("runs", [s.info])]}
+        if not self.per_sample:
+            if any(not torch.equal(s.timesteps, self.timesteps) for s in others):
+                raise UserError("statistics with different timestep bins cannot be merged.")
+            tables = {n: torch.stack([s.tables[n] for s in everyone]).sum(0) for n in self.tables}
+            counts = torch.stack([s.counts for s in everyone]).sum(0)
+            return dataclasses.replace(self, tables=tables, counts=counts, sums=sums, info=info)
+        samples = torch.cat([s.samples for s in everyone])
+        order = torch.arange(len(samples))
+        if same_run:
+            if len(samples.unique()) != len(samples):
+                raise UserError("statistics of the same samples cannot be merged: calibrate with another seed.")
+            order = samples.argsort()
+        return dataclasses.replace(
+            self,
+            tables={n: torch.cat([s.tables[n] for s in everyone])[order] for n in self.tables},
+            timesteps=torch.cat([s.timesteps for s in everyone])[order],
+            counts=torch.cat([s.counts for s in everyone])[order],
+            samples=samples[order],
+            sums=sums,
+            info=info,
+        )
+
+    # ---------------------------------------------------------------------------------------------------------- on disk
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file, in one step. Layers with equal tables (queries, keys and values read one tensor)
+        share one.
+        """
+        from safetensors.torch import save_file
+
+        owners, aliases = self._shared()
+        tensors = {f"sq/{n}": self.tables[n].to("cpu").contiguous() for n in owners}
+        tensors |= {f"sum/{n}": t.to("cpu").clone() for n, t in self.sums.items()}
+        tensors |= {"timesteps": self.timesteps, "counts": self.counts, "samples": self.samples}
+        header = {
+            "num_train_timesteps": self.num_train_timesteps,
+            "model": self.model,
+            "info": self.info,
+            "positions": self.positions,
+            "aliases": aliases,
+            "layers": list(self.tables),
+        }
+        target = Path(path)
+        handle, temp = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
+        os.close(handle)
+        try:
+            save_file(tensors, temp, metadata={"format": FORMAT, "header": json.dumps(header, sort_keys=True)})
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(temp, 0o666 & ~mask)  # mkstemp makes files private
+            os.replace(temp, target)
+        except BaseException:
+            os.unlink(temp)
+            raise
+
+    def _shared(self) -> tuple[list[str], dict[str, str]]:
+        """(layers whose table is stored, layer → the stored layer it equals)."""
+        owners: dict[tuple[Any, ...], list[str]] = {}
+        aliases: dict[str, str] = {}
+        for name, table in self.tables.items():
+            peers = owners.setdefault((table.shape, float(table[0].double().sum())), [])
+            twin = next((p for p in peers if torch.equal(self.tables[p], table)), None)
+            if twin is None:
+                peers.append(name)
+            else:
+                aliases[name] = twin
+        return [n for n in self.tables if n not in aliases], aliases
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ActivationStats:
+        """Read a file that :meth:`save` wrote.
+
+        Raises:
+            UserError: no such file, truncated, or not such a file.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such file with activation statistics.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise UserError(f"{path}: holds no activation statistics ({FORMAT}).")
+                header = json.loads(metadata["header"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, the handle is no dict
+            aliases = header["aliases"]
+            return cls(
+                tables={n: tensors[f"sq/{aliases.get(n, n)}"] for n in header["layers"]},
+                positions={n: int(p) for n, p in header["positions"].items()},
+                timesteps=tensors["timesteps"],
+                counts=tensors["counts"],
+                samples=tensors["samples"],
+                num_train_timesteps=int(header["num_train_timesteps"]),
+                model=dict(header["model"]),
+                info=dict(header["info"]),
+                sums={n[4:]: t for n, t in tensors.items() if n.startswith("sum/")},
+            )
+        except UserError:
+            raise
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path}: damaged activation statistics ({type(error).__name__}: {error}).") from error
+
+
+def parse_target_steps(text: str, num_train_timesteps: int) -> tuple[int, int]:
+    """Range [low, high) of timesteps: ``all``; ``early`` (t ≥ 0.7 T, the noisiest); ``late`` (t < 0.3 T); ``middle``;
+    ``a-b``.
+
+    Raises:
+        UserError: malformed, empty, or outside [0, T].
+    """
+    total = num_train_timesteps
+    first, last = -(-3 * total // 10), -(-7 * total // 10)  # smallest integers ≥ 0.3 T and ≥ 0.7 T
+    named = {"all": (0, total), "early": (last, total), "late": (0, first), "middle": (first, last)}
+    match = re.fullmatch(r"(\d+)-(\d+)", text.strip())
+    if match is None and text not in named:
+        raise UserError(
+            f"timestep range {text!r}: expected {', '.join(TARGET_STEPS)} or a-b with 0 <= a < b <= {total}."
+        )
+    low, high = named[text] if match is None else (int(match[1]), int(match[2]))
+    if not 0 <= low < high <= total:
+        raise UserError(f"timestep range {text!r}: [{low}, {high}) is empty or outside the {total} timesteps.")
+    return low, high
+
+
+def fingerprint(unet: nn.Module) -> dict[str, str]:
+    """SHA-256 of the architecture (config, names and shapes) and of the weights (as float32, so the dtype in memory is
+    free).
+    """
+    config: Any = unet.config
+    state = unet.state_dict()
+    shape = {
+        "config": {k: v for k, v in config.items() if not k.startswith("_")},
+        "tensors": {n: list(t.shape) for n, t in state.items()},
+    }
+    weights = hashlib.sha256()
+    for name, tensor in state.items():
+        weights.update(name.encode())
+        weights.update(tensor.detach().to("cpu", torch.float32).contiguous().view(torch.uint8).numpy().data)
+    return {
+        "architecture": hashlib.sha256(json.dumps(shape, sort_keys=True, default=list).encode()).hexdigest(),
+        "weights": weights.hexdigest(),
+    }
+
+
+def _check_choice(what: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"{what} {value!r} is not one of {', '.join(allowed)}.")
+
+
+def _median(values: Tensor) -> Tensor:
+    """Median over dim 0; of an even number the mean of the middle two (torch.median takes the lower)."""
+    ordered = values.sort(0).values
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
