@@ -293,6 +293,20 @@ def _read_weights(files: list[Path]) -> dict[str, Tensor]:
     return weights
 
 
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Floating-point type of the weights on disk in a folder that :func:`load_pipeline` has opened: that of most numbers."""
+    from safetensors import safe_open
+
+    count: dict[torch.dtype, int] = {}
+    for file in _weight_files(_find_parts(folder)[0]):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 (no mapping)
+                tensor = weights.get_tensor(name)
+                if tensor.is_floating_point():
+                    count[tensor.dtype] = count.get(tensor.dtype, 0) + tensor.numel()
+    return max(count, key=lambda dtype: count[dtype], default=torch.float32)
+
+
 def _empty_unet(config: Mapping[str, Any], device: str) -> Any:
     """A stock or free network of this config; on the meta device it costs no memory."""
     if "pruning" in config:

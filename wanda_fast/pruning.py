@@ -140,7 +140,14 @@ class PruneOptions:
         for what, value, known in choices:
             if value not in known:
                 raise UserError(f"unknown {what} {value!r}; known: {', '.join(known)}")
-        stats.parse_target_steps(self.target_steps, None)
+        try:  # the length of the model's schedule is not known yet; `prune` asks again when it is
+            stats.parse_target_steps(self.target_steps, 10**9)
+        except UserError:
+            known = ", ".join(stats.TARGET_STEPS)
+            raise UserError(
+                f"timestep range {self.target_steps!r}: expected {known} or a-b with 0 <= a < b <= the model's number "
+                "of timesteps, usually 1000"
+            ) from None
         counts = [("align", 1), ("min_width", 1), ("calib_steps", 1), ("batch_size", 1), ("num_samples", 0)]
         for name, least in [*counts, ("num_inference_steps", 1), ("seed", 0)]:
             value = getattr(self, name)
@@ -347,6 +354,13 @@ class _Run:
             self.costs = compaction.cost_model(self.unet, self.slots)
             self.dense_params, self.dense_macs = self.costs.sizes({})
             self.target = self._target()
+            self._steps(self.options.target_steps)
+
+    def _steps(self, text: str) -> tuple[int, int]:
+        """Range [low, high) of timesteps on this model's schedule."""
+        from . import stats
+
+        return stats.parse_target_steps(text, int(self.scheduler.config.num_train_timesteps))
 
     def _target(self) -> Target:
         o = self.options
@@ -401,7 +415,7 @@ class _Run:
 
         o = self.options
         images = self.images()
-        lo, hi = calibrate.target_range(self.scheduler, o.target_steps if seed_offset == 0 else "all")
+        lo, hi = self._steps(o.target_steps if seed_offset == 0 else "all")
 
         def make() -> Iterable[Any]:
             for x, t, _, labels in calibrate.noised_batches(
@@ -546,7 +560,7 @@ class _Run:
                 pruned = compaction.compact(unet, plan)  # type: ignore[arg-type]
                 if o.repair != "none":
                     repair(unet, pruned, compaction.layer_keep(slots, plan.keep), lambda: batches, method="bias")
-                error = evaluation.noise_mse(unet, pruned, batches)["relative"]
+                error = evaluation.noise_mse(unet, pruned, batches).relative
                 measured.append((shares[index], max(float(error), 1e-12)))
             result[unit] = [_power_law(measured, share) for share in shares]
         self.split_report = {unit: [float(f"{d:.3g}") for d in values] for unit, values in result.items()}
@@ -605,7 +619,7 @@ class _Run:
                 self.quality["psnr"] = evaluation.psnr(before, after)
             held_out = self.batches(64, seed_offset=1_000_003)
             error = evaluation.noise_mse(self.unet, self.pruned, held_out())
-            self.quality["noise_mse"], self.quality["noise_mse_relative"] = error["mse"], error["relative"]
+            self.quality["noise_mse"], self.quality["noise_mse_relative"] = error.mse, error.relative
             dense_s, pruned_s = evaluation.paired_forward_seconds(
                 self.unet, self.pruned, batch_size=min(o.batch_size, 16), device=self.device, dtype=self.dtype
             )
@@ -646,6 +660,10 @@ class _Run:
             "dense": {"params": self.dense_params, "macs": self.dense_macs},
             "pruned": {"params": self.pruned_params, "macs": self.pruned_macs},
             "widths": self._level_widths(),
+            "slots": {
+                name: {"levels": list(slot.levels), "dense": slot.width, "kept": len(self.plan.keep[name])}
+                for name, slot in self.slots.slots.items()
+            },
             "norms_with_shifted_groups": len(shifted),
             "plan": self.plan.to_dict(),
             "settings": settings,
@@ -733,7 +751,7 @@ def _power_law(points: list[tuple[float, float]], share: float) -> float:
 
 def _backend_of(operation: str, asked: str) -> str | None:
     """The asked backend; None (the best one) for an operation that has no such implementation at all."""
-    return asked if asked in ("auto", "reference") or asked in ops.homes(operation) else "auto"
+    return asked if asked in ("auto", "reference") or asked in ops._OPS[operation].homes else "auto"
 
 
 def _device_name(device: torch.device) -> str:
