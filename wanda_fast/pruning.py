@@ -330,7 +330,8 @@ class _Run:
             if model is None or isinstance(model, (str, Path)):
                 loaded = checkpoint.load_pipeline(model, dtype=torch.float32, device=self.device)
                 self.unet, self.scheduler, self.name = loaded.unet, loaded.scheduler, loaded.name
-                self.bundled, self.source = model is None, str(loaded.name)
+                self.bundled, self.source = model is None, loaded.source
+                self.hub_id = str(model) if loaded.source == "hub" else None
                 self.saved_dtype = checkpoint.stored_dtype(loaded.path)
                 for note in loaded.notes:
                     self.log(note)
@@ -341,7 +342,7 @@ class _Run:
                 self.saved_dtype = next(unet.parameters()).dtype
                 self.unet = copy.deepcopy(unet).to(device=self.device, dtype=torch.float32).eval().requires_grad_(False)
                 self.scheduler, self.name, self.bundled = model.scheduler, "model", False
-                self.source = "a pipeline in memory"
+                self.source, self.hub_id = "memory", None
             if "pruning" in self.unet.config:
                 raise UserError("this network is already pruned in the free layout; prune its original instead")
             self.log(f"model: {self.name}" + (
@@ -655,6 +656,8 @@ class _Run:
         report: dict[str, Any] = {
             "format": RESULT_FORMAT,
             "model": self.name,
+            "source": self.source,
+            "base_model": self.hub_id,
             "asked": asked,
             "reached": {"ratio": round(removed, 6), "params": self.pruned_params, "macs": self.pruned_macs},
             "dense": {"params": self.dense_params, "macs": self.dense_macs},
