@@ -121,14 +121,17 @@ def _draw_distribution(
     axes.set_xlabel("norm of an input channel: root mean square of its values (log scale)")
     axes.set_ylabel("number of channels")
     axes.set_title("How strong are the channels?" + (f"  ({dead} silent channels not shown)" if dead else ""))
-    axes.legend(fontsize=9)
+    axes.margins(y=0.35)
+    axes.legend(fontsize=9, loc="upper left")
 
 
 def _draw_words(axes: Any, report: dict[str, Any]) -> None:
     """The numbers in sentences, for a reader who does not know the code."""
     whole, layers = report["global"], report["layers"]
-    spread = sorted(layers, key=lambda n: layers[n]["deviation"] / max(layers[n]["mean"], 1e-30), reverse=True)
-    strongest = sorted(layers, key=lambda n: layers[n]["mean"], reverse=True)
+    # Layers that read the same tensor have the same numbers; one of them speaks for all.
+    distinct = list({(v["mean"], v["deviation"]): n for n, v in reversed(layers.items())}.values())
+    spread = sorted(distinct, key=lambda n: layers[n]["deviation"] / max(layers[n]["mean"], 1e-30), reverse=True)
+    strongest = sorted(distinct, key=lambda n: layers[n]["mean"], reverse=True)
     lines = [
         f"All {whole['channels']} input channels: mean {whole['mean']:.4g}, deviation {whole['deviation']:.4g},",
         f"skewness {whole['skewness']:.2f}, excess kurtosis {whole['kurtosis']:.2f}, from {whole['min']:.3g} to "
@@ -161,14 +164,16 @@ def _draw_outliers(axes: Any, report: dict[str, Any], names: list[str]) -> None:
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel("share of the layer's input channels, %")
     axes.set_title("Outlier channels per layer, in order of execution")
-    axes.legend(fontsize=9, loc="lower right")
+    axes.set_xlim(right=1.45 * max(axes.get_xlim()[1], 5))
+    axes.legend(fontsize=9, loc="upper right")
 
 
 def _draw_heat_map(
     figure: Any, axes: Any, stats: ActivationStats, names: list[str], target_steps: str | tuple[int, int]
 ) -> None:
     edges, bands = _bands(stats, names, target_steps)
-    limit = float(np.nanmax(np.abs(bands))) if np.isfinite(bands).any() else 1.0
+    # The time embedding moves far more than all else: its extremes may saturate, so that the other layers show.
+    limit = float(np.nanquantile(np.abs(bands), 0.95)) if np.isfinite(bands).any() else 1.0
     limit = min(max(limit, 0.1), 2.0)
     picture = axes.imshow(
         bands,
@@ -182,7 +187,7 @@ def _draw_heat_map(
     axes.set_yticks(np.arange(len(names)), names, fontsize=7)
     axes.set_xlabel("diffusion timestep  (0: clean image,  high: pure noise)")
     axes.set_title("How strongly is each layer used at each timestep?")
-    bar = figure.colorbar(picture, ax=axes, shrink=min(1.0, 4.5 / figure.get_figheight() * 1.6), pad=0.01)
+    bar = figure.colorbar(picture, ax=axes, shrink=0.4, pad=0.01, extend="both")
     ticks = np.linspace(-limit, limit, 5)
     bar.set_ticks(ticks.tolist(), labels=[f"× {2.0**v:.2f}" for v in ticks])
     bar.set_label("norm relative to the layer's mean over time")
