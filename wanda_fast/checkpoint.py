@@ -446,6 +446,7 @@ def save_folder(
         for n, t in unet.state_dict().items()
     }
     save_file(state, target / WEIGHTS, metadata={"format": "pt"})
+    (target / WEIGHTS).chmod((target / "config.json").stat().st_mode)  # safetensors makes files for the owner alone
     (target / "scheduler").mkdir(exist_ok=True)
     scheduler_config = {k: v for k, v in json.loads(scheduler.to_json_string()).items() if k != "_name_or_path"}
     _write_json(target / "scheduler" / "scheduler_config.json", scheduler_config)

@@ -8,7 +8,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -707,7 +707,8 @@ class _Run:
 
         from . import analysis, checkpoint, model_card, sampling
 
-        pruned = self.pruned.to(self.saved_dtype)
+        nn.Module.to(self.pruned, self.saved_dtype)  # the override of diffusers warns about a choice that is not made here
+        pruned = self.pruned
         pipeline = DDPMPipeline(unet=pruned, scheduler=copy.deepcopy(self.scheduler))
         result = PruneResult(pipeline, self.plan, self.stats, {}, None, self.repair_report)
         study = analysis.analyse(self.stats) if analyse else None
@@ -725,7 +726,7 @@ class _Run:
                 if self.stats is not None:
                     self.stats.save(folder / "activation_stats.safetensors")
                 if analyse:
-                    analysis.save_figure(self.stats, folder / "wanda_analysis.png")
+                    analysis.save_picture(self.stats, folder / "wanda_analysis.png", title=self.name)
                 result.report = self.report()
                 if study is not None:
                     result.report["analysis"] = study
@@ -760,7 +761,12 @@ def _backend_of(operation: str, asked: str) -> str | None:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    count = torch.get_num_threads()
+    return f"{device.type} ({name}, {count} thread{'s' if count > 1 else ''})"
 
 
 def _version() -> str:

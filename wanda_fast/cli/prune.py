@@ -224,7 +224,7 @@ def _save_analysis(result: PruneResult, path: Path) -> None:
         try:
             if file.suffix.lower() == ".png":
                 assert result.stats is not None  # an analysis was asked for, so there was a calibration
-                analysis.save_figure(result.stats, partial)
+                analysis.save_picture(result.stats, partial, title=result.report["model"])
             else:
                 partial.write_text(json.dumps(finite(result.report["analysis"]), indent=1) + "\n", encoding="utf-8")
             os.replace(partial, file)
