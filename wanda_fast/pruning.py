@@ -36,13 +36,14 @@ from .plan import (
 from .slots import SlotMap, find_slots, identity_shortcuts
 
 if TYPE_CHECKING:
-    from diffusers import DDPMPipeline, UNet2DModel
+    from diffusers import DDPMPipeline
 
     from .stats import ActivationStats
 
 REPAIRS = ("lstsq", "bias", "none")
 TIMESTEPS = ("random", "trajectory")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SENSITIVITY_IMAGES = (32, 128)  # noised images of the sensitivity study, on a CPU and on a GPU
 _DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", **{n: n for n in DTYPES}}
 RESULT_FORMAT = "wanda_fast.pruning/1"
 
@@ -499,7 +500,7 @@ class _Run:
             slots = find_slots(unet)
             costs = compaction.cost_model(unet, slots)
             if self.stats is not None:
-                for name in shortcuts:  # the new 1x1 convolution reads what norm1 reads: the stream of its level
+                for name in shortcuts:  # an identity: it must not prefer any channel
                     context.act_norm = {
                         **context.act_norm,
                         f"{name}.conv_shortcut": torch.ones(unet.get_submodule(name).conv_shortcut.in_channels),
@@ -536,36 +537,22 @@ class _Run:
     def _damage(
         self, unet: nn.Module, slots: SlotMap, problem: WidthProblem, scores: dict[str, Tensor]
     ) -> dict[str, list[float]]:
-        """Relative squared error of the predicted noise when one unit alone is cut, for each of its options.
-
-        Each unit is measured at up to three widths, the means of the removed channels folded into the biases; the
-        widths between are interpolated on a power law of the removed share.
-        """
-        from . import evaluation
-        from .repair import repair
+        """Estimated relative squared error of the predicted noise for every unit and width, see `sensitivity`."""
+        from .plan import choose_channels
+        from .sensitivity import damage_table
 
         o = self.options
-        batches = list(self.batches(64 if self.device.type == "cpu" else 256, seed_offset=101)())
-        result: dict[str, list[float]] = {}
-        from tqdm import tqdm
-
-        for unit, options in tqdm(problem.options.items(), desc="sensitivity", unit="unit", disable=not self.progress):
-            whole = sum(options[-1].values())
-            shares = [1 - sum(option.values()) / whole for option in options]
-            last = len(options) - 1
-            picks = sorted({0, last // 2, last - 1} - {last}) if last > 0 else []
-            measured: list[tuple[float, float]] = []
-            for index in picks:
-                widths = dict(options[index])
-                plan = build_plan(slots, widths, scores, unet.config, layout="free", norm_policy=o.norm_policy)
-                pruned = compaction.compact(unet, plan)  # type: ignore[arg-type]
-                if o.repair != "none":
-                    repair(unet, pruned, compaction.layer_keep(slots, plan.keep), lambda: batches, method="bias")
-                error = evaluation.noise_mse(unet, pruned, batches).relative
-                measured.append((shares[index], max(float(error), 1e-12)))
-            result[unit] = [_power_law(measured, share) for share in shares]
-        self.split_report = {unit: [float(f"{d:.3g}") for d in values] for unit, values in result.items()}
-        return result
+        batches = self.batches(SENSITIVITY_IMAGES[self.device.type != "cpu"], seed_offset=101)
+        table = damage_table(
+            unet,
+            slots,
+            problem,
+            lambda widths: choose_channels(slots, widths, scores, o.norm_policy, o.layout),
+            batches(),
+            seed=o.seed,
+        )
+        self.split_report = {unit: [float(f"{d:.3g}") for d in values] for unit, values in table.items()}
+        return table
 
     # ------------------------------------------------------------------------------------------------- compact, repair
 
@@ -737,20 +724,6 @@ class _Run:
         if study is not None:
             result.report["analysis"] = study
         return result
-
-
-def _power_law(points: list[tuple[float, float]], share: float) -> float:
-    """Damage at a removed share, on straight lines in log-log coordinates through measured (share, damage) points."""
-    if share <= 0 or not points:
-        return 0.0
-    points = sorted(points)
-    if len(points) == 1:
-        return points[0][1] * (share / points[0][0]) ** 2
-    for (x0, y0), (x1, y1) in zip(points, points[1:]):
-        if share <= x1 or x1 == points[-1][0]:
-            slope = (math.log(y1) - math.log(y0)) / (math.log(x1) - math.log(x0))
-            return math.exp(math.log(y0) + max(slope, 0.0) * (math.log(share) - math.log(x0)))
-    raise AssertionError("unreachable")
 
 
 def _backend_of(operation: str, asked: str) -> str | None:
