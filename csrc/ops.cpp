@@ -94,7 +94,10 @@ void channel_sq_norm(const Tensor& x, const Tensor& rows, Tensor out) {
     return;
   }
   // First the sum of every (n, c) on its own, then the rows in the order of n: any number of threads gives the same bits.
-  const int64_t block = std::min<int64_t>(C, std::max<int64_t>(64, ceil_div(kGrain, positions)));
+  // Samples are divided first: where channels are neighbours in memory, half a row is read no faster than a whole one.
+  // Blocks are multiples of 64 channels, so that a channel meets the same instructions wherever the cut is.
+  const int64_t wanted = ceil_div(2 * static_cast<int64_t>(torch::stable::get_num_threads()), N);
+  const int64_t block = std::min(C, ceil_div(ceil_div(C, wanted), 64) * 64);
   const int64_t blocks = ceil_div(C, block);
   std::vector<float> partial(N * C, 0.0f);
   torch::stable::parallel_for(0, N * blocks, std::max<int64_t>(1, kGrain / (block * positions)), [&](int64_t begin, int64_t end) {

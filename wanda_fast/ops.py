@@ -17,6 +17,7 @@ register themselves when the extension is loaded, and `kernels/<triton module>.p
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.util
 import logging
 import os
@@ -173,7 +174,8 @@ def _load_extension() -> str:
     """Load `wanda_fast._C`, which registers its kernels; returns "" or why there is none."""
     if os.environ.get("WANDA_FAST_NO_EXTENSION", "0") not in ("", "0"):
         return "the compiled extension is switched off by WANDA_FAST_NO_EXTENSION"
-    spec = importlib.util.find_spec("wanda_fast._C")
+    # Beside this file and nowhere else: an editable install of another checkout must not lend its extension.
+    spec = importlib.machinery.PathFinder.find_spec("wanda_fast._C", [os.path.dirname(os.path.abspath(__file__))])
     if spec is None or spec.origin is None:
         return "the compiled extension is missing (`pip install -v --no-build-isolation -e .` shows why it is not built)"
     try:
@@ -544,7 +546,7 @@ def compact(
             _check_keep(rows, t, 0, f"keep_out[{i}]")
         if columns is not None:
             _check_keep(columns, t, 1, f"keep_in[{i}]")
-    chosen, function = _select("compact", backend, tensors[0].device.type)
+    _, function = _select("compact", backend, tensors[0].device.type)
     try:
         return list(function(tensors, keep_out, keep_in))
     except (RuntimeError, IndexError):
