@@ -6,6 +6,8 @@ of ones comes last. `weight_rows` and `rows_weight` convert a weight to that ord
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,32 +63,9 @@ def map_rows(y: Tensor, positions: Tensor | None) -> Tensor:
     n, c = y.shape[:2]
     table = y.flatten(2).transpose(1, 2)  # [N, H·W, C]
     if positions is None:
-        return table.reshape(-1, c)
+        return table.reshape(n * table.shape[1], c)
     index = positions + torch.arange(n, device=y.device)[:, None] * table.shape[1]
     return table.reshape(-1, c).index_select(0, index.flatten())
-
-
-def conv_gram_unfold(
-    x: Tensor,
-    y: Tensor,
-    kernel_size: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    chunk_bytes: int = 64 << 20,
-) -> tuple[Tensor, Tensor]:
-    """XᵀX [K+1, K+1] and XᵀY [K+1, C_out] of all patches of x [N, C, H, W] against y [N, C_out, H_out, W_out].
-
-    The definition: patches of a few samples at a time, one matrix product each, sums in float64.
-    """
-    k = x.shape[1] * kernel_size[0] * kernel_size[1]
-    step = max(1, chunk_bytes // max(1, (k + 1) * y.shape[2] * y.shape[3] * x.element_size()))
-    xtx = torch.zeros(k + 1, k + 1, dtype=torch.float64, device=x.device)
-    xty = torch.zeros(k + 1, y.shape[1], dtype=torch.float64, device=x.device)
-    for i in range(0, len(x), step):
-        rows = F.pad(patch_rows(x[i : i + step], kernel_size, stride, padding, None), (0, 1), value=1.0)
-        xtx += (rows.t() @ rows).double()
-        xty += (rows.t() @ map_rows(y[i : i + step], None)).double()
-    return xtx, xty
 
 
 def row_gram(x: Tensor, y: Tensor, blocks: int = 4) -> tuple[Tensor, Tensor]:
@@ -108,83 +87,148 @@ def row_gram(x: Tensor, y: Tensor, blocks: int = 4) -> tuple[Tensor, Tensor]:
 
 # Offset differences (dy, dx) between two taps of a 3 x 3 kernel, one of each pair ±(dy, dx).
 _OFFSETS = [(0, 0), (0, 1), (0, 2)] + [(dy, dx) for dy in (1, 2) for dx in (-2, -1, 0, 1, 2)]
+_TAPS = [(ty, tx) for ty in (-1, 0, 1) for tx in (-1, 0, 1)]
+_CHUNK_BYTES = 48 << 20  # of the copies that are made of a few samples at a time
+
+Products = Callable[[Tensor, Tensor, "list[int]"], Tensor]
 
 
-def conv_gram_shift(x: Tensor, y: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The same sums for a 3 x 3 convolution of stride 1 and padding 1, from 13 products instead of 45.
+def shifted_products(a: Tensor, b: Tensor, shifts: list[int]) -> Tensor:
+    """For every shift s the product Σ_m a[m]ᵀ b[m + s] over the rows that both have: [S, C1, C2] from a [M, C1], b [M, C2]."""
+    m = len(a)
+    return torch.stack([a[max(-s, 0) : m - max(s, 0)].t() @ b[max(s, 0) : m + min(s, 0)] for s in shifts])
 
-    An entry of XᵀX for taps d1, d2 is Σ_q x[q] x[q + d2 - d1] over the window that d1 sees. x is zero outside its map, so all
-    windows give the sum over the whole map, which depends on d2 - d1 alone, except where d1 and d2 both look past the
+
+def conv_gram_shift(
+    x: Tensor, y: Tensor, weight: Tensor | None = None, products: Products = shifted_products
+) -> tuple[Tensor, Tensor]:
+    """XᵀX and XᵀY for a 3 x 3 convolution of stride 1 and padding 1, from 13 products of [C, C] instead of 45.
+
+    An entry of XᵀX for taps d1, d2 is Σ_q x[q] x[q + d2 - d1] over the window that d1 sees. x is zero outside its map, so
+    all windows give the sum over the whole map, which depends on d2 - d1 alone, except where d1 and d2 both look past the
     same border: there the opposite border row (column) of the map is outside both windows and is taken off again,
     and its corner pixels, taken off twice, are added.
 
     Args:
-        x: [N, C, H, W].
-        y: [N, C_out, H, W].
+        x: [N, C, H, W], float32 or float64.
+        y: [N, C_out, H, W], the same dtype.
         weight: [N] weight of each sample's rows, or None.
+        products: what multiplies, `shifted_products` or a faster equal.
 
     Returns:
-        XᵀX [9C + 1, 9C + 1], XᵀY [9C + 1, C_out], in x's dtype.
+        XᵀX [9C + 1, 9C + 1] with an unwritten last row and column, and XᵀY [9C + 1, C_out + 1] with an unwritten last row and
+        Xᵀ1 as last column, in x's dtype. Beyond them it takes about 64 MiB, or what one sample needs.
     """
     n, c, h, w = x.shape
+    per_sample = (c * (1 if weight is None else 2) + y.shape[1] + 1) * (h + 2) * (w + 2) * x.element_size()
+    step = max(1, _CHUNK_BYTES // per_sample)
+    total: list[Tensor] = []
+    for i in range(0, max(n, 1), step):
+        part = _shift_sums(x[i : i + step], y[i : i + step], None if weight is None else weight[i : i + step], products)
+        total = [t + p for t, p in zip(total, part)] if total else part
+    return _assemble(*total)
+
+
+def _shift_sums(x: Tensor, y: Tensor, weight: Tensor | None, products: Products) -> list[Tensor]:
+    """Sums over a few samples: [13, C, C] over the map, [12, C, C] over border lines, [4, C, C] over corners, [9, C, C_out + 1]."""
+    n, c, h, w = x.shape
     width = w + 2
-    # one zero column each side and one zero row above and below: no shift by up to two taps ever meets another row's values
+    # One zero column each side and one zero row above and below: no shift by up to two taps meets another row's values.
     z = F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1).contiguous()  # [N, H + 2, W + 2, C]
     v = F.pad(torch.cat([y, y.new_ones(n, 1, h, w)], dim=1), (1, 1, 1, 1)).permute(0, 2, 3, 1).contiguous()
     right = z
     if weight is not None:
         right = z * weight[:, None, None, None]
         v = v * weight[:, None, None, None]
-    flat, other, rows = z.view(-1, c), right.view(-1, c), v.view(-1, v.shape[-1])
-    m = len(flat)
+    flat = z.view(-1, c)
+    full = products(flat, right.view(-1, c), [dy * width + dx for dy, dx in _OFFSETS])
+    # Σ_p x[p + tap] y[p]: the rows of y lie `tap` before those of x
+    cross = products(flat, v.view(-1, v.shape[-1]), [-(ty * width + tx) for ty, tx in _TAPS])
+    lines = []
+    # A tap of -1 never sees the last line, one of +1 never the first. Last row, first row, last column, first column.
+    for a, b in ((z[:, h], right[:, h]), (z[:, 1], right[:, 1]), (z[:, :, w], right[:, :, w]), (z[:, :, 1], right[:, :, 1])):
+        for shift in range(3):
+            length = a.shape[1] - shift
+            lines.append(a[:, :length].reshape(-1, c).t() @ b[:, shift:].reshape(-1, c))
+    corners = [z[:, i, j].t() @ right[:, i, j] for i in (h, 1) for j in (w, 1)]
+    return [full, torch.stack(lines), torch.stack(corners), cross]
 
-    full: dict[tuple[int, int], Tensor] = {}
-    for dy, dx in _OFFSETS:
-        s = dy * width + dx
-        full[dy, dx] = flat[: m - s].t() @ other[s:]
-        full[-dy, -dx] = full[dy, dx].t()
 
-    def strip(a: Tensor, b: Tensor, shift: int) -> Tensor:
-        """Σ over a border line: a, b [N, length, C], b read `shift` places further on."""
-        length = a.shape[1] - shift
-        return a[:, :length].reshape(-1, c).t() @ b[:, shift:].reshape(-1, c)
+def _assemble(full: Tensor, lines: Tensor, corners: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
+    c = full.shape[1]
+    table = {}
+    for (dy, dx), block in zip(_OFFSETS, full):
+        table[dy, dx], table[-dy, -dx] = block, block.t()
 
-    # keyed by the tap coordinate that looks past the border: -1 never sees the last line, +1 never the first
-    lines = {
-        "y": {-1: (z[:, h], right[:, h]), 1: (z[:, 1], right[:, 1])},
-        "x": {-1: (z[:, :, w], right[:, :, w]), 1: (z[:, :, 1], right[:, :, 1])},
-    }
-    border = {
-        axis: {d: [strip(a, b, shift) for shift in range(3)] for d, (a, b) in sides.items()} for axis, sides in lines.items()
-    }
-    corner = {
-        (dy, dx): z[:, h if dy < 0 else 1, w if dx < 0 else 1].t() @ right[:, h if dy < 0 else 1, w if dx < 0 else 1]
-        for dy in (-1, 1)
-        for dx in (-1, 1)
-    }
+    def line(first: int, tap: int, shift: int) -> Tensor:
+        block = lines[first + (0 if tap < 0 else 3) + abs(shift)]
+        return block if shift >= 0 else block.t()
 
-    def line(axis: str, d: int, shift: int) -> Tensor:
-        return border[axis][d][shift] if shift >= 0 else border[axis][d][-shift].t()
-
-    taps = [(ty, tx) for ty in (-1, 0, 1) for tx in (-1, 0, 1)]
-    xtx = x.new_empty(9 * c + 1, 9 * c + 1)
-    for i, (ay, ax) in enumerate(taps):
-        for j, (by, bx) in enumerate(taps[i:], start=i):
-            block = full[by - ay, bx - ax]
+    xtx = full.new_empty(9 * c + 1, 9 * c + 1)
+    for i, (ay, ax) in enumerate(_TAPS):
+        for j, (by, bx) in enumerate(_TAPS[i:], start=i):
+            block = table[by - ay, bx - ax]
             if ay == by and ay:
-                block = block - line("y", ay, bx - ax)
+                block = block - line(0, ay, bx - ax)
             if ax == bx and ax:
-                block = block - line("x", ax, by - ay)
-            if (ay, ax) == (by, bx) and ay and ax:
-                block = block + corner[ay, ax]
+                block = block - line(6, ax, by - ay)
+            if i == j and ay and ax:
+                block = block + corners[(0 if ay < 0 else 2) + (0 if ax < 0 else 1)]
             xtx[i * c : (i + 1) * c, j * c : (j + 1) * c] = block
             if i != j:
                 xtx[j * c : (j + 1) * c, i * c : (i + 1) * c] = block.t()
-    xty = x.new_empty(9 * c + 1, rows.shape[1])
-    for i, (ty, tx) in enumerate(taps):
-        s = ty * width + tx
-        xty[i * c : (i + 1) * c] = flat[max(s, 0) : m + min(s, 0)].t() @ rows[max(-s, 0) : m - max(s, 0)]
-    xty[-1] = rows.sum(0)
-    xtx[:-1, -1] = xtx[-1, :-1] = xty[:-1, -1]
-    xtx[-1, -1] = xty[-1, -1]
-    return xtx, xty[:, :-1].contiguous()
+    xty = full.new_empty(9 * c + 1, cross.shape[2])
+    xty[:-1] = cross.reshape(9 * c, -1)
+    return xtx, xty
+
+
+def conv_gram_rows(
+    x: Tensor,
+    y: Tensor,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    weight: Tensor | None = None,
+    products: Products = shifted_products,
+) -> tuple[Tensor, Tensor]:
+    """The same sums for any convolution: patches of a few samples at a time, then one product."""
+    k = x.shape[1] * kernel_size[0] * kernel_size[1]
+    step = max(1, _CHUNK_BYTES // ((k + y.shape[1] + 1) * y.shape[2] * y.shape[3] * x.element_size() or 1))
+    xtx, xty = x.new_zeros(k + 1, k + 1), x.new_zeros(k + 1, y.shape[1])
+    plain = products is shifted_products
+    for i in range(0, len(x), step):
+        rows = F.pad(patch_rows(x[i : i + step], kernel_size, stride, padding, None), (0, 1), value=1.0)
+        right = map_rows(y[i : i + step], None)
+        if weight is not None:
+            root = weight[i : i + step].sqrt().repeat_interleave(len(rows) // len(x[i : i + step]))[:, None]
+            rows, right = rows * root, right * root
+        part = row_gram(rows, right) if plain else (products(rows, rows, [0])[0], products(rows, right, [0])[0])
+        xtx += part[0]
+        xty += part[1]
+    return xtx, xty
+
+
+def conv_gram(
+    x: Tensor,
+    y: Tensor,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    weight: Tensor | None = None,
+    products: Products = shifted_products,
+) -> tuple[Tensor, Tensor]:
+    """XᵀX [K+1, K+1] and XᵀY [K+1, C_out] by the cheapest way for this convolution; see `wanda_fast.ops.conv_gram`."""
+    if x.dtype not in (torch.float32, torch.float64):
+        x = x.float()
+    y = y.to(x.dtype)
+    weight = None if weight is None else weight.to(x.dtype)
+    if (*kernel_size, *stride, *padding) == (3, 3, 1, 1, 1, 1) and x.numel() and y.numel():
+        xtx, xty = conv_gram_shift(x, y, weight, products)
+        xtx[:-1, -1] = xtx[-1, :-1] = xty[:-1, -1]
+        # the column of ones against itself and against y: no patch is involved
+        ones = x.new_ones(len(x)) if weight is None else weight
+        xtx[-1, -1] = ones.sum() * (x.shape[2] * x.shape[3])
+        xty = xty[:, :-1].contiguous()
+        xty[-1] = (y.sum((2, 3)) * ones[:, None]).sum(0)
+        return xtx, xty
+    return conv_gram_rows(x, y, kernel_size, stride, padding, weight, products)

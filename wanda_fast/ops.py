@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wanda_fast import conv_gram as conv_gram_module
 from wanda_fast import reference
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
@@ -66,6 +67,7 @@ def _define(
     fake: Callable[..., Any],
     homes: tuple[str, ...],
     triton_module: str | None = None,
+    triton_impl: Callable[..., Any] | None = None,
 ) -> None:
     """Define `wanda_fast::name` (and `name_triton`) with its fake and, for every device, the reference."""
     in_place = signature.endswith("-> ()")
@@ -82,13 +84,15 @@ def _define(
     overloads = []
     names = [(name, without_result(reference_impl))]
     if triton_module is not None:
-        names.append((f"{name}_triton", without_result(_triton_impl(triton_module, name))))
+        triton_impl = _triton_impl(triton_module, name)
+    if triton_impl is not None:
+        names.append((f"{name}_triton", without_result(triton_impl)))
     for op_name, implementation in names:
         _library.define(f"{op_name}{signature}", tags=(torch.Tag.needs_exact_strides,))
         _library.impl(op_name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"wanda_fast::{op_name}", fake, lib=_library)
         overloads.append(getattr(torch.ops.wanda_fast, op_name).default)
-    triton = overloads[1] if triton_module is not None else None
+    triton = overloads[1] if triton_impl is not None else None
     _OPS[name] = _Op(name, without_result(reference_impl), overloads[0], triton, homes)
 
 
@@ -165,6 +169,39 @@ _define(
     _fake_compact,
     homes=("cpu", "cuda"),
 )
+
+
+def _conv_gram_torch(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return tuple(t.float() for t in conv_gram_module.conv_gram(x, y, *args))  # type: ignore[return-value]
+
+
+def _conv_gram_triton(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    products = importlib.import_module("wanda_fast.kernels.conv_gram").shifted_products
+    return conv_gram_module.conv_gram(x.float(), y.float(), *args, products=products)
+
+
+def _reference_conv_gram(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return tuple(t.float() for t in reference.conv_gram(x, y, *args))  # type: ignore[return-value]
+
+
+def _fake_conv_gram(
+    x: Tensor, y: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    columns = x.shape[1] * kernel_size[0] * kernel_size[1] + 1
+    shapes = ((columns, columns), (columns, y.shape[1]))
+    return tuple(x.new_empty(shape, dtype=torch.float32) for shape in shapes)  # type: ignore[return-value]
+
+
+_define(
+    "conv_gram",
+    "(Tensor x, Tensor y, int[] kernel_size, int[] stride, int[] padding, Tensor? weight) -> (Tensor, Tensor)",
+    _reference_conv_gram,
+    _fake_conv_gram,
+    homes=("triton", "cpu"),
+    triton_impl=_conv_gram_triton,
+)
+# Needs no extension: a few large products, which the BLAS behind torch.mm does best.
+_library.impl("conv_gram", _conv_gram_torch, "CPU")
 
 
 # ---- the compiled extension ---------------------------------------------------------------------------------------
@@ -271,8 +308,10 @@ def _error(op: _Op, backend: str, device_type: str) -> str:
     if backend == "triton":
         reason = _triton_error(device_type)
     else:
-        reason = _native_error(backend, device_type)
-        if not reason and not _has_kernel(op.name, backend.upper()):
+        registered = _has_kernel(op.name, backend.upper())
+        # registered though there is no extension: written in Python
+        reason = "" if registered and device_type in (None, backend) else _native_error(backend, device_type)
+        if not reason and not registered:
             reason = f"the compiled extension has no {backend} kernel of {op.name}"
     return reason
 
@@ -553,3 +592,55 @@ def compact(
         _check_keep_ranges(tensors, keep_out, 0, "keep_out")
         _check_keep_ranges(tensors, keep_in, 1, "keep_in")
         raise
+
+
+def conv_gram(
+    x: Tensor,
+    y: Tensor,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    *,
+    weight: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Normal equations of a convolution: XᵀX and XᵀY, X the unfolded patches of x and a column of ones at the end.
+
+    The patches are never all in memory. For 3 x 3, stride 1, padding 1, most entries depend only on the difference of two taps:
+    13 products over the map and a few over its border replace the 45 of the unfolded form.
+
+    Args:
+        x: [N, C, H, W], float32, float16 or bfloat16 (or float64); any strides. A Linear layer's input is [M, C, 1, 1].
+        y: [N, C_out, H_out, W_out], the convolution's output size.
+        kernel_size, stride, padding: of the convolution; no dilation, no groups, zeros outside the map.
+        weight: [N] weight of each sample's rows, not negative; None for 1.
+        backend: an explicit name never falls back.
+
+    Returns:
+        XᵀX [K + 1, K + 1] and XᵀY [K + 1, C_out] in float32, K = kh · kw · C. Columns go tap by tap, column
+        (ky · kw + kx) · C + c: `wanda_fast.conv_gram.weight_rows` brings a weight into this order.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree.
+        RuntimeError: the named backend is unavailable; the text says why.
+    """
+    for name, t in (("x", x), ("y", y)):
+        if t.dim() != 4 or t.dtype not in FLOAT_DTYPES:
+            raise ValueError(f"{name}: must be floating point [N, C, H, W], not {_shape(t)}")
+    kernel_size, stride, padding = tuple(kernel_size), tuple(stride), tuple(padding)  # type: ignore[assignment]
+    for name, pair, least in (("kernel_size", kernel_size, 1), ("stride", stride, 1), ("padding", padding, 0)):
+        if len(pair) != 2 or min(pair) < least:
+            raise ValueError(f"{name}: must be two numbers of at least {least}, not {pair}")
+    sizes = [
+        conv_gram_module.output_size(x.shape[2 + i], kernel_size[i], stride[i], padding[i]) for i in range(2)
+    ]
+    if x.shape[0] != y.shape[0] or list(y.shape[2:]) != sizes:
+        raise ValueError(f"y: must have {x.shape[0]} samples of {sizes[0]} x {sizes[1]} positions, not {_shape(y)}")
+    _check_device(y, "y", x, "x")
+    if weight is not None:
+        if weight.shape != x.shape[:1]:
+            raise ValueError(f"weight: must have shape [{x.shape[0]}], not {_shape(weight)}")
+        _check_device(weight, "weight", x, "x")
+    _, function = _select("conv_gram", backend, x.device.type)
+    with torch.no_grad():
+        return function(x.detach(), y.detach(), kernel_size, stride, padding, weight)

@@ -103,3 +103,47 @@ def compact(
             kept = kept.clone(memory_format=memory_format(t))
         result.append(kept.contiguous(memory_format=memory_format(t)))
     return result
+
+
+def conv_gram(
+    x: Tensor,
+    y: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Normal equations of a convolution: XᵀX and XᵀY, X the unfolded patches of x with a column of ones at the end.
+
+    Args:
+        x: [N, C, H, W].
+        y: [N, C_out, H_out, W_out].
+        weight: [N], weight of each sample's rows.
+
+    Returns:
+        XᵀX [K + 1, K + 1] and XᵀY [K + 1, C_out], K = kh · kw · C. Columns go tap by tap: column (ky · kw + kx) · C + c.
+    """
+    dtype = _accumulator(x, y)
+    n, channels = x.shape[:2]
+    taps = kernel_size[0] * kernel_size[1]
+    columns = channels * taps + 1
+    xtx = torch.zeros(columns, columns, dtype=dtype, device=x.device)
+    xty = torch.zeros(columns, y.shape[1], dtype=dtype, device=x.device)
+    step = max(1, (64 << 20) // max(1, columns * y.shape[2] * y.shape[3] * 4))  # patches of about 64 MiB at a time
+    if x.numel() == 0 or y.numel() == 0:
+        step = max(1, n)
+    for i in range(0, n if y.shape[2] * y.shape[3] else 0, step):
+        part = x[i : i + step].to(dtype)
+        positions = y.shape[2] * y.shape[3]
+        rows = torch.ones(len(part), positions, columns, dtype=dtype, device=x.device)
+        if channels:
+            patches = torch.nn.functional.unfold(part, tuple(kernel_size), padding=tuple(padding), stride=tuple(stride))
+            rows[:, :, :-1] = patches.view(len(part), channels, taps, -1).permute(0, 3, 2, 1).flatten(2)
+        flat = rows.flatten(0, 1)
+        right = y[i : i + step].to(dtype).flatten(2).transpose(1, 2).flatten(0, 1)
+        scaled = flat
+        if weight is not None:
+            scaled = (rows * weight[i : i + step].to(dtype)[:, None, None]).flatten(0, 1)
+        xtx += flat.t() @ scaled
+        xty += scaled.t() @ right
+    return xtx, xty

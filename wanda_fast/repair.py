@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wanda_fast.conv_gram import conv_gram_shift, conv_gram_unfold, map_rows, patch_rows, row_gram, rows_weight, weight_rows
+from wanda_fast import ops
+from wanda_fast.conv_gram import map_rows, patch_rows, row_gram, rows_weight, weight_rows
 from wanda_fast.lockstep import Event, Hooked, Walk, peak_bytes
 
 METHODS = ("lstsq", "bias", "none")
@@ -240,16 +241,6 @@ def _apply(module: nn.Module, x: Tensor) -> Tensor:
 
 def _select(value: Tensor, keep: Tensor | None) -> Tensor:
     return value if keep is None else value.index_select(1, keep.to(value.device))
-
-
-def _map_gram(x: Tensor, y: Tensor, module: nn.Module, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """XᵀX [K+1, K+1] and XᵀY [K+1, C_out] over all positions of the maps x and y."""
-    geometry = _geometry(module)
-    if geometry == ((3, 3), (1, 1), (1, 1)):
-        return conv_gram_shift(x, y, weight)
-    if weight is not None:
-        raise ValueError("sample weights need a 3 x 3 convolution of stride 1 here")
-    return conv_gram_unfold(x, y, *geometry)
 
 
 class _Rows:
@@ -485,6 +476,10 @@ class _Run:
         modules = [self.modules[name] for name in stage.layers]
         maps = [_as_map(got[event], m) for event, m in zip(stage.inputs, modules)]
         outs = [dense.take(event) for event in stage.targets]
+        if stage.kind == "norm":
+            keep = self.keep.get(self.reader.get(stage.layers[0], ""), (None, None))[1]
+            flat = [v.reshape(v.shape[0], v.shape[1], -1, 1).float() for v in (maps[0], outs[0])]
+            return _Rows(modules, flat[:1], _select(flat[1], keep))
         if stage.block is None:
             parts = [
                 _select(_as_map(out, m), self.keep.get(name, (None, None))[0]) * self.output_scale(name)
@@ -523,7 +518,7 @@ class _Run:
         with Hooked(self.dense, watched) as dense, Hooked(self.pruned, watched) as pruned:
             first = next(iter(self.batches()))
             one: Batch = (first[0][:1], first[1][:1], None if first[2] is None else first[2][:1])
-            stages, reasons, reader = _plan_stages(pruned, self.call(one), watched, blocks, norms)
+            stages, reasons, self.reader = _plan_stages(pruned, self.call(one), watched, blocks, norms)
             per_image = peak_bytes(lambda: self.call(one)(self.dense)) + peak_bytes(lambda: self.call(one)(self.pruned))
             budget = _memory_budget(self.device) if memory_limit is None else memory_limit
             self.report.layers += [LayerRepair(n, "skipped", remark=why) for n, why in reasons.items()]
@@ -565,7 +560,7 @@ class _Run:
                     begun = time.perf_counter()
                     with torch.no_grad():
                         if stage.kind == "norm":
-                            results = self.fit_norm(stage, records(stage), reader)
+                            results = self.fit_norm(stage, records(stage))
                         else:
                             results = self.fit(stage, records(stage), number)
                     for r in results:
@@ -658,29 +653,12 @@ class _Run:
         part = data.subset(chosen.to(self.device))
         if whole and shift:
             r = part.residual_map(stage.joint)
+            second = part.maps[1] if stage.joint and len(part.maps) == 2 else None
+            right = r if second is None else torch.cat([r, second], dim=1)
+            xtx, xtr = ops.conv_gram(part.maps[0], right, *geometry, weight=weight)
+            if second is not None:
+                xtx, xtr = self.join(xtx, xtr, *ops.conv_gram(second, r, (1, 1), weight=weight))
             scale = None if weight is None else weight[:, None, None, None]
-            if stage.joint and len(part.maps) == 2:
-                second = part.maps[1]
-                xtx, both = _map_gram(part.maps[0], torch.cat([r, second], dim=1), data.modules[0], weight)
-                c = r.shape[1]
-                rows, r_rows = map_rows(second, None), map_rows(r, None)
-                if weight is not None:
-                    r_rows = r_rows * weight.repeat_interleave(part.positions)[:, None]
-                    g2, b2 = rows.t() @ (rows * weight.repeat_interleave(part.positions)[:, None]), rows.t() @ r_rows
-                else:
-                    g2, b2 = row_gram(rows, r_rows)
-                k = xtx.shape[0] - 1
-                cross = both[:, c:]
-                xtx = torch.cat(
-                    [
-                        torch.cat([xtx[:k, :k], cross[:k], xtx[:k, k:]], dim=1),
-                        torch.cat([cross[:k].t(), g2, cross[k:].t()], dim=1),
-                        torch.cat([xtx[k:, :k], cross[k:], xtx[k:, k:]], dim=1),
-                    ]
-                )
-                xtr = torch.cat([both[:k, :c], b2, both[k:, :c]])
-            else:
-                xtx, xtr = _map_gram(part.maps[0], r, data.modules[0], weight)
             sums.add(xtx, xtr, r, part.target, (0, 2, 3), scale)
             return
         positions = None if whole else self.pick(len(chosen), data.positions, per_image, generator)
@@ -690,6 +668,18 @@ class _Run:
         else:
             root = weight.repeat_interleave(len(x) // len(chosen))[:, None].sqrt()
             sums.add(*row_gram(x * root, r * root), r, y, (0,), root.square())
+
+    @staticmethod
+    def join(xtx: Tensor, both: Tensor, xtx2: Tensor, xtr2: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of [X1, X2, 1] from those of [X1, 1] against [R, X2] and of [X2, 1] against R."""
+        k, k2, c = len(xtx) - 1, len(xtx2) - 1, xtr2.shape[1]
+        joined = xtx.new_empty(k + k2 + 1, k + k2 + 1)
+        joined[:k, :k] = xtx[:k, :k]
+        joined[:k, k:-1] = both[:k, c:]
+        joined[k:-1, :k] = both[:k, c:].t()
+        joined[k:, k:] = xtx2
+        joined[:k, -1] = joined[-1, :k] = xtx[:k, -1]
+        return joined, torch.cat([both[:k, :c], xtr2])
 
     def row_budget(self, unknowns: int) -> int | None:
         wanted = None if self.rows_per_unknown is None else max(_MIN_ROWS, int(self.rows_per_unknown * unknowns))
@@ -719,13 +709,105 @@ class _Run:
 
     # ------------------------------------------------------------------------------------------------------------- norms
 
-    def fit_norm(self, stage: _Stage, records: Iterator[tuple[_Rows, Tensor]], reader: dict[str, str]) -> list[LayerRepair]:
-        raise NotImplementedError
+    def fit_norm(self, stage: _Stage, records: Iterator[tuple[_Rows, Tensor]]) -> list[LayerRepair]:
+        """Gain and bias of a norm, channel by channel: least squares of Y on the normalised input."""
+        name = stage.layers[0]
+        module: Any = self.modules[name]
+        gain, bias = module.weight.double(), module.bias.double()
+        # [2, 6, C] sums for the fit and for the held-out images: 1, x, x², y, xy, y²
+        sums = torch.zeros(2, 6, len(gain), dtype=torch.float64, device=self.device)
+        rows = 0
+        for index, (data, _) in enumerate(records):
+            x = F.group_norm(data.maps[0], module.num_groups, None, None, module.eps)
+            y = data.target
+            held = torch.zeros(len(x), dtype=torch.bool, device=self.device)
+            held[_held_index(len(x), self.device)] = True
+            terms = (torch.ones_like(x), x, x.square(), y, x * y, y.square())
+            # [6, N, C]
+            each = torch.stack([v.flatten(2).sum(2, dtype=torch.float64) for v in terms])
+            sums[0] += each[:, ~held].sum(1)
+            sums[1] += each[:, held].sum(1)
+            rows += int((~held).sum()) * data.positions
+            if index == 0 and _norm_error(sums[0], gain, bias) <= _EXACT[self.dtype]:
+                return [LayerRepair(name, "exact", 0.0, 0.0, rows=rows, unknowns=1)]
+        if not bool(torch.isfinite(sums).all()):
+            raise RuntimeError(f"non-finite values in the input or output of layer {name}: the repair cannot continue")
+        n, sx, sxx, sy, sxy, _ = sums[0]
+        variance = sxx / n - (sx / n).square()
+        covariance = sxy / n - sx / n * sy / n
+        pull = 1e-3 * variance.mean() + 1e-12
+        new_gain = (covariance + pull * gain) / (variance + pull)
+        new_bias = (sy - new_gain * sx) / n
+        before, after = _norm_error(sums[0], gain, bias), _norm_error(sums[0], new_gain, new_bias)
+        held_before = held_after = None
+        if sums[1, 0, 0] > 0:
+            held_before, held_after = _norm_error(sums[1], gain, bias), _norm_error(sums[1], new_gain, new_bias)
+        better = after < before and (held_before is None or held_after is None or held_after < held_before)
+        if better:
+            module.weight.copy_(new_gain)
+            module.bias.copy_(new_bias)
+        status = "refitted" if better else "kept"
+        remark = "" if better else "no fit was better"
+        if not better:
+            after, held_after = before, held_before
+        return [LayerRepair(name, status, before, after, held_before, held_after, rows, 1, remark=remark)]
 
     # -------------------------------------------------------------------------------------------------------------- bias
 
     def fold_means(self) -> None:
-        raise NotImplementedError
+        """b' = b + mean over images of (dense output, restricted and computed from mean inputs) - (pruned layer on the same means).
+
+        A convolution is linear, so this is Σ over removed inputs of mean(x_c) Σ_k W[:, c, k], borders aside.
+        """
+        cut = [n for n in self.layers if self.keep.get(n, (None, None))[1] is not None]
+        totals: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}
+
+        def listener(event: Event, value: Any) -> None:
+            name, side = event
+            if side == "in":
+                x = _as_map(value, self.dense_modules[name])
+                totals[name] = totals.get(name, 0) + x.sum((0, 2, 3), dtype=torch.float64)
+                counts[name] = counts.get(name, 0) + x[:, 0].numel()
+
+        with Hooked(self.dense, cut) as hooked:
+            for batch in self.batches():
+                hooked.listen(self.call(batch), listener)
+                self.report.images += len(batch[0])
+        for name in cut:
+            keep_out, keep_in = self.keep[name]
+            dense, pruned = self.dense_modules[name], self.modules[name]
+            why = _unsupported(dense) or ("" if name in totals else "not reached by the forward pass")
+            why = why or ("" if pruned.bias is not None else "has no bias")
+            if why:
+                self.report.layers.append(LayerRepair(name, "skipped", remark=why))
+                continue
+            mean = totals[name] / counts[name]
+            if not bool(torch.isfinite(mean).all()):
+                raise RuntimeError(f"non-finite values in the input of layer {name}: the repair cannot continue")
+            goal = _mean_output(dense, mean)
+            goal = (goal if keep_out is None else goal[keep_out.to(goal.device)]) * self.output_scale(name)
+            shift = goal - _mean_output(pruned, mean[keep_in.to(mean.device)])  # type: ignore[union-attr]
+            with torch.no_grad():
+                pruned.bias += shift.to(pruned.bias)
+            remark = f"bias moved by {float(shift.square().mean().sqrt()):.2g}"
+            self.report.layers.append(LayerRepair(name, "refitted", rows=counts[name], unknowns=1, remark=remark))
+
+
+@torch.no_grad()
+def _mean_output(module: nn.Module, mean: Tensor) -> Tensor:
+    """Output [C_out] of a layer whose input channels are constant at `mean` [C_in], away from borders."""
+    weight = module.weight.double()
+    out = (weight if weight.dim() == 2 else weight.sum((2, 3))) @ mean
+    return out if module.bias is None else out + module.bias.double()
+
+
+def _norm_error(sums: Tensor, gain: Tensor, bias: Tensor) -> float:
+    """Σ(y - gain·x - bias)² / Σ(y - mean y)² from the sums [6, C] of 1, x, x², y, xy, y²."""
+    n, sx, sxx, sy, sxy, syy = sums
+    rr = syy + gain**2 * sxx + n * bias**2 - 2 * gain * sxy - 2 * bias * sy + 2 * gain * bias * sx
+    spread = syy - sy.square() / n
+    return float(rr.sum().clamp_min(0) / torch.where(spread > 1e-12 * syy, spread, syy).sum().clamp_min(1e-300))
 
 
 def _working_copy(model: nn.Module, device: torch.device) -> nn.Module:
