@@ -96,7 +96,7 @@ def calibrate(
 
     if rows not in ROWS:
         raise UserError(f"rows {rows!r} is not one of {', '.join(ROWS)}.")
-    check_network(unet)
+    check_network(unet, scheduler)
     device, dtype = place(unet, device, dtype)
     total = int(scheduler.config.num_train_timesteps)
     target = parse_target_steps(target_steps, total) if isinstance(target_steps, str) else target_steps

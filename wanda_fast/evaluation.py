@@ -155,7 +155,7 @@ def _runner(
     place_, dtype_ = place(unet, device, dtype)
     unet.eval()
     x = torch.randn(batch_size, *image_shape(unet), generator=torch.Generator().manual_seed(0)).to(place_)
-    t = torch.arange(batch_size, device=place_) % 1000
+    t = torch.full((batch_size,), 1, device=place_)  # the time does not depend on it
     labels = class_labels(unet, range(batch_size), 0, place_)
     return lambda: predict(unet, x, t, labels, dtype=dtype_), place_
 

@@ -66,7 +66,7 @@ def sample(
         raise UserError(f"sampler {kind!r} is not one of {', '.join(KINDS)}.")
     if n < 0 or batch_size < 1:
         raise UserError(f"the number of images ({n}) must be at least 0 and the batch size ({batch_size}) at least 1.")
-    check_network(unet)
+    check_network(unet, scheduler)
     device, dtype = place(unet, device, dtype)
     stepper = make_stepper(scheduler, steps, kind)
     shape = image_shape(unet)
@@ -102,13 +102,21 @@ def make_stepper(scheduler: Any, steps: int, kind: str = "ddim") -> Any:
     return stepper
 
 
-def check_network(unet: nn.Module) -> None:
+def check_network(unet: nn.Module, scheduler: Any) -> None:
     """Refuse by name what sampling and calibration do not support.
 
     Raises:
-        UserError: learned variances (out_channels ≠ in_channels), or class embeddings given as vectors.
+        UserError: learned variances (out_channels ≠ in_channels), class embeddings given as vectors, or a table of
+        learned
+            time embeddings that is shorter than the noise schedule.
     """
     config: Any = unet.config
+    total = int(scheduler.config.num_train_timesteps)
+    if config.get("time_embedding_type") == "learned" and config["num_train_timesteps"] < total:
+        raise UserError(
+            f"the network has learned embeddings for {config['num_train_timesteps']} timesteps, the scheduler has "
+            f"{total}."
+        )
     if config["out_channels"] != config["in_channels"]:
         raise UserError(
             f"unsupported network: {config['out_channels']} output channels for {config['in_channels']} input channels "
