@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # of argparse, or a termination signal
         return stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing was written", 130)
+        return _fail("interrupted; nothing unfinished is left behind", 130)
     except BrokenPipeError:  # nobody reads stderr any more
         return 1
     except Exception as error:
@@ -102,7 +102,7 @@ def _terminate_cleanly() -> Iterator[None]:
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        _fail("terminated; nothing was written", 128 + number)
+        _fail("terminated; nothing unfinished is left behind", 128 + number)
         raise SystemExit(128 + number)
 
     before = signal.signal(signal.SIGTERM, stop)
