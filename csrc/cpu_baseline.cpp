@@ -3,6 +3,7 @@
 #include "cpu_kernels.h"
 
 #include <cstddef>
+#include <cstdlib>
 #include <cstring>
 
 #define WANDA_VECTOR_BYTES 16
@@ -15,8 +16,10 @@ const CpuKernels* cpu_kernels_baseline() { return &kTable; }
 
 const CpuKernels& cpu_kernels() {
   static const CpuKernels* const best = [] {
-    if (const CpuKernels* k = cpu_kernels_avx512()) return k;
-    if (const CpuKernels* k = cpu_kernels_avx2()) return k;
+    const char* const limit = std::getenv("WANDA_FAST_CPU");
+    for (const CpuKernels* k : {cpu_kernels_avx512(), cpu_kernels_avx2()}) {
+      if (k && (!limit || std::strcmp(limit, k->name) == 0)) return k;
+    }
     return cpu_kernels_baseline();
   }();
   return *best;

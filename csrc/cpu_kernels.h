@@ -50,7 +50,7 @@ const CpuKernels* cpu_kernels_avx512();
 const CpuKernels* cpu_kernels_avx2();
 const CpuKernels* cpu_kernels_baseline();
 
-// The widest set that this processor runs, chosen once.
+// The widest set that this processor runs, or the one that WANDA_FAST_CPU names (baseline, avx2, avx512); chosen once.
 const CpuKernels& cpu_kernels();
 
 }  // namespace wanda_fast

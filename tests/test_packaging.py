@@ -171,6 +171,38 @@ def test_operations_trace_into_one_graph() -> None:
     torch.testing.assert_close(graph(*args), step(*args))
 
 
+@pytest.mark.parametrize("instructions", ["baseline", "avx2"])
+def test_older_processors_get_right_values(instructions: str) -> None:
+    """The C++ code of narrower instruction sets, which this processor would not choose, over dtypes and odd shapes."""
+    if reason := ops.available_backends("cpu")["cpu"]:
+        pytest.skip(reason)
+    code = """
+import torch
+from wanda_fast import ops, reference
+torch.manual_seed(0)
+for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+    for shape in [(2, 3, 32, 32), (3, 67, 9, 11), (2, 130, 1, 1), (2, 50, 33), (5, 31)]:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(shape)
+            x.view(-1)[:40] *= 1e-6  # subnormal in half precision
+            x = x.to(dtype).contiguous(memory_format=layout) if x.dim() == 4 else x.to(dtype)
+            rows = torch.arange(len(x)) % 2
+            out = torch.rand(2, shape[1] if len(shape) == 4 else shape[-1])
+            truth = reference.channel_sq_norm(x.double(), rows, out.double())
+            torch.testing.assert_close(ops.channel_sq_norm(x, rows, out, backend="cpu").double(), truth, rtol=1e-6, atol=1e-6)
+    for shape in [(33, 65, 3, 3), (61, 127), (40, 8, 3, 3)]:
+        weight, act_norm = torch.randn(shape).to(dtype), torch.rand(32 if shape[1] == 8 else shape[1])
+        truth = reference.wanda_score(weight.double(), act_norm.double())
+        for ours, exact in zip(ops.wanda_score(weight, act_norm, backend="cpu"), truth):
+            torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-6)
+special = torch.tensor([[65504.0, float("inf"), float("-inf"), float("nan"), 6e-8, -0.0, 1.0, -2.0] * 9]).half()
+ours = ops.channel_sq_norm(special, torch.tensor([0]), torch.zeros(1, 72), backend="cpu")
+torch.testing.assert_close(ours, special.double().square().float(), rtol=1e-6, atol=0, equal_nan=True)
+print("right")
+"""
+    assert python(code, WANDA_FAST_CPU=instructions).strip().endswith("right")
+
+
 # ---- installation -------------------------------------------------------------------------------------------------
 
 
