@@ -24,8 +24,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_SAMPLES = 1024
 # Elements in registers per program. 8,192 with 8 warps keeps eight 16-byte loads of fp32 per thread in flight.
 TILE = 8192
-# With fewer programs than this the positions of one sample are split over several (132 multiprocessors hold about eight each).
+# Tiles shrink down to MIN_TILE until there are this many programs: 132 multiprocessors hold four of the largest or more of the smaller ones.
 MIN_PROGRAMS = 1024
+MIN_TILE = 2048
+# With fewer programs than this the positions of a sample are split over several, which costs partials and a ticket.
+SPLIT_BELOW = 512
 # Integer tickets set aside for captured graphs: each captured launch keeps its own, so that two graphs may replay at once.
 CAPTURE_TICKETS = 1 << 20
 
@@ -214,9 +217,11 @@ def choose_config(samples: int, channels: int, positions: int, channels_inner: b
     else:
         block_s = min(_power_of_2(positions), 2048)
         block_c = min(_power_of_2(channels), max(TILE // block_s, 1))
+        while block_c > 1 and block_c * block_s > MIN_TILE and samples * _divide(channels, block_c) < MIN_PROGRAMS:
+            block_c //= 2
     programs = samples * _divide(channels, block_c)
     steps = _divide(positions, block_s)
-    split = 1 if programs >= MIN_PROGRAMS else min(steps, _divide(MIN_PROGRAMS, programs))
+    split = 1 if programs >= SPLIT_BELOW else min(steps, _divide(MIN_PROGRAMS, programs))
     # The last to arrive reads samples · split partials: keep that short.
     split = max(1, min(split, 4096 // samples, 64))
     split_len = _divide(steps, split) * block_s
@@ -247,7 +252,7 @@ def _prepare(x: Tensor, rows: Tensor, out: Tensor, with_sums: bool, config: Conf
         "BLOCK_N": _power_of_2(N),
         "BLOCK_C": config.block_c,
         "BLOCK_S": config.block_s,
-        "BLOCK_P": max(1, min(_power_of_2(N * config.split), 4096 // config.block_c, 64)),
+        "BLOCK_P": max(1, min(_power_of_2(N * config.split), 512 * config.num_warps // config.block_c, 64)),
         "TWO_D": two_d,
         "EVEN_C": C % config.block_c == 0,
         "EVEN_S": S % config.block_s == 0 and config.split_len % config.block_s == 0,

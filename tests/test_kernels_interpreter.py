@@ -1,0 +1,306 @@
+"""Triton kernels called directly: tile shapes, tickets, second table, huge strides; on the CPU through the interpreter, on a GPU as compiled.
+
+Values over layouts and dtypes through the operations are in test_channel_sq_norm.py and test_wanda_score.py.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from wanda_fast import reference
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+from wanda_fast.kernels import channel_sq_norm as sq_kernel  # noqa: E402
+from wanda_fast.kernels import wanda_score as score_kernel  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Config = sq_kernel.Config
+
+
+def truth_of(x: Tensor, rows: Tensor, out: Tensor) -> Tensor:
+    return reference.channel_sq_norm(x.double(), rows, out.double())
+
+
+def sums_of(x: Tensor, rows: Tensor, sums: Tensor) -> Tensor:
+    dims = {2: (), 3: (1,), 4: (2, 3)}[x.dim()]
+    wide = x.double().sum(dim=dims) if dims else x.double()
+    return sums.double().index_add(0, rows, wide)
+
+
+ROWS = {
+    "unique": lambda n: torch.randperm(n),
+    "pairs": lambda n: torch.arange(n) // 2,
+    "interleaved": lambda n: torch.arange(n) % max(n // 2, 1),
+    "one_row": lambda n: torch.full((n,), n - 1),
+}
+CONFIGS = {
+    "chosen": None,
+    "split-3": Config(block_c=4, block_s=16, split=3, split_len=32, num_warps=1),
+    "split-odd_tail": Config(block_c=8, block_s=8, split=6, split_len=16, num_warps=2),
+    "one_channel": Config(block_c=1, block_s=32, split=1, split_len=96, num_warps=1),
+    "wide": Config(block_c=32, block_s=4, split=1, split_len=84, num_warps=1),
+}
+
+
+@pytest.mark.parametrize("rows_kind", ROWS)
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "tokens"])
+def test_every_path_of_the_reduction(layout: str, config: str, rows_kind: str) -> None:
+    """Direct adds, tickets over repeated rows and over slices of positions: right, repeatable, and the tickets are clean afterwards."""
+    N, C, S = 6, 13, 81
+    x = torch.randn(N, C, 9, 9)
+    if layout == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    elif layout == "tokens":
+        x = x.flatten(2).transpose(1, 2).contiguous()
+    rows = ROWS[rows_kind](N).to(DEVICE)
+    x = x.to(DEVICE)
+    start, start_sums = torch.rand(N, C, device=DEVICE), torch.rand(N, C, device=DEVICE)
+    chosen = CONFIGS[config]
+    assert chosen is None or chosen.split * chosen.split_len >= S > (chosen.split - 1) * chosen.split_len
+    results = []
+    for _ in range(3):
+        out, sums = start.clone(), start_sums.clone()
+        assert sq_kernel.channel_sq_norm(x, rows, out, sums, config=chosen) is out
+        results.append((out, sums))
+    out, sums = results[0]
+    torch.testing.assert_close(out.double(), truth_of(x, rows, start), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(sums.double(), sums_of(x, rows, start_sums), rtol=1e-6, atol=1e-5)
+    assert all(torch.equal(a, out) and torch.equal(b, sums) for a, b in results)
+    alone = start.clone()
+    sq_kernel.channel_sq_norm(x, rows, alone, config=chosen)
+    assert torch.equal(alone, out)
+    assert all(not s.tickets.any() for s in sq_kernel._scratch.values())
+
+
+def test_more_samples_than_one_launch_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sq_kernel, "MAX_SAMPLES", 4)
+    x = torch.randn(11, 7, device=DEVICE)
+    rows = torch.arange(11, device=DEVICE) % 3
+    out = torch.zeros(3, 7, device=DEVICE)
+    sq_kernel.channel_sq_norm(x, rows, out)
+    torch.testing.assert_close(out.double(), truth_of(x, rows, torch.zeros(3, 7, device=DEVICE)), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("row", [-1, 3, 2**40, -(2**40)])
+def test_rows_outside_add_nothing(row: int) -> None:
+    """On a device the rows cannot be checked without stopping it: samples of a row outside are left out, all others count."""
+    x = torch.randn(4, 5, 3, 3, device=DEVICE)
+    rows = torch.tensor([0, row, 2, row], device=DEVICE)
+    out = torch.zeros(3, 5, device=DEVICE)
+    sq_kernel.channel_sq_norm(x, rows, out)
+    inside = torch.tensor([0, 2], device=DEVICE)
+    want = truth_of(x[inside], rows[inside], torch.zeros(3, 5, device=DEVICE))
+    torch.testing.assert_close(out.double(), want, rtol=1e-6, atol=1e-6)
+    assert all(not s.tickets.any() for s in sq_kernel._scratch.values())
+
+
+def test_rows_and_tables_with_strides() -> None:
+    x = torch.randn(4, 5, 3, 3, device=DEVICE)
+    rows = torch.tensor([0, 9, 1, 9, 2, 9, 2, 9], device=DEVICE)[::2]
+    wide = torch.zeros(3, 11, device=DEVICE)
+    out = wide[:, 1:11:2]
+    sq_kernel.channel_sq_norm(x, rows, out)
+    torch.testing.assert_close(out.double(), truth_of(x, rows, torch.zeros(3, 5, device=DEVICE)), rtol=1e-6, atol=1e-6)
+    assert not wide[:, 0::2].any()
+
+
+def sparse(elements: int, folder: Path, dtype: torch.dtype) -> Tensor:
+    """A tensor over a sparse file: gigabytes of addresses, kilobytes of disk."""
+    path = folder / "sparse.bin"
+    with open(path, "wb") as file:
+        file.truncate(elements * dtype.itemsize)
+    return torch.from_file(str(path), shared=True, size=elements, dtype=dtype)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="needs CPU memory that is mapped but not allocated")
+@pytest.mark.parametrize("dim", ["n", "c", "h", "w"])
+def test_offsets_beyond_2_to_the_31(dim: str, tmp_path: Path) -> None:
+    """One stride of more than 2^31 elements, as in a slice of a very large tensor: 32-bit offsets would wrap."""
+    far = 2**31 + 8
+    strides = {"n": 18, "c": 9, "h": 3, "w": 1}
+    strides[dim] = far
+    shape = (2, 2, 3, 3)
+    length = sum((size - 1) * stride for size, stride in zip(shape, strides.values(), strict=True)) + 1
+    x = torch.as_strided(sparse(length, tmp_path, torch.float16), shape, tuple(strides.values()))
+    values = torch.randn(shape).half()
+    x.copy_(values)
+    rows = torch.tensor([1, 0])
+    out = torch.zeros(2, 2)
+    sq_kernel.channel_sq_norm(x, rows, out)
+    torch.testing.assert_close(out.double(), truth_of(values, rows, torch.zeros(2, 2)), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="needs CPU memory that is mapped but not allocated")
+def test_weight_rows_beyond_2_to_the_31(tmp_path: Path) -> None:
+    far = 2**31 + 8
+    weight = torch.as_strided(sparse(2 * far + 4, tmp_path, torch.float16), (3, 4), (far, 1))
+    values = torch.randn(3, 4).half()
+    weight.copy_(values)
+    norm = torch.rand(4)
+    for got, want in zip(score_kernel.wanda_score(weight, norm), reference.wanda_score(values.double(), norm.double()), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [None, score_kernel.LARGE, score_kernel.SMALL, score_kernel.Config(2, 16, 4, 1), score_kernel.Config(4, 64, 4, 1)],
+    ids=["chosen", "LARGE", "SMALL", "2x16", "4x64"],
+)
+@pytest.mark.parametrize("shape,groups", [((21, 10, 3, 3), 1), ((64, 32), 1), ((12, 5, 3, 1), 3), ((1, 300), 1), ((300, 1, 1, 1), 1)], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_score_tiles(shape: tuple[int, ...], groups: int, channels_last: bool, config: score_kernel.Config | None) -> None:
+    weight = torch.randn(shape, device=DEVICE)
+    if channels_last:
+        if weight.dim() != 4:
+            pytest.skip("channels-last needs four dimensions")
+        weight = weight.to(memory_format=torch.channels_last)
+    norm = torch.rand(shape[1] * groups, device=DEVICE)
+    first = score_kernel.wanda_score(weight, norm, config=config)
+    for got, want in zip(first, reference.wanda_score(weight.double(), norm.double()), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=1e-6)
+    for got, again in zip(first, score_kernel.wanda_score(weight, norm, config=config), strict=True):
+        assert torch.equal(got, again)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 33, 100])
+def test_score_aggregates_the_table(rows: int) -> None:
+    weight = torch.randn(9, 40, device=DEVICE).bfloat16()
+    sq = torch.rand(rows, 80, device=DEVICE)[:, ::2]
+    row_weight = torch.rand(rows, device=DEVICE)
+    got = score_kernel.wanda_score_stats(weight, sq, row_weight)
+    want = reference.wanda_score_stats(weight.double(), sq.double(), row_weight.double())
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=1e-6)
+
+
+def test_direct_calls_name_the_wrong_argument() -> None:
+    x, rows, out = torch.randn(2, 3, 4, 4), torch.tensor([0, 1]), torch.zeros(2, 3)
+    for arguments, name in (
+        ((x[0, 0, 0], rows, out), "x must have"),
+        ((x.double(), rows, out), "x must be"),
+        ((x, rows.int(), out), "rows must be"),
+        ((x, rows[:1], out), "rows must be"),
+        ((x, rows, out[:, :2]), "out must be"),
+        ((x, rows, out.double()), "out must be"),
+        ((x, rows, out, out[:1]), "sums must"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            sq_kernel.channel_sq_norm(*arguments)
+    weight = torch.randn(4, 3)
+    for call, name in (
+        (lambda: score_kernel.wanda_score(weight[0], torch.rand(3)), "weight must have"),
+        (lambda: score_kernel.wanda_score(weight.double(), torch.rand(3)), "weight must be"),
+        (lambda: score_kernel.wanda_score(weight, torch.rand(4)), "act_norm"),
+        (lambda: score_kernel.wanda_score(weight, torch.rand(1, 3)), "act_norm"),
+        (lambda: score_kernel.wanda_score_stats(weight, torch.rand(2, 4), torch.rand(2)), "sq"),
+        (lambda: score_kernel.wanda_score_stats(weight, torch.rand(2, 3), torch.rand(3)), "row_weight"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            call()
+
+
+COMPILE = '''
+import re, sys
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from wanda_fast.kernels import channel_sq_norm as kernel
+
+NAMES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+for shape, layout in (((128, 128, 32, 32), "nchw"), ((128, 128, 32, 32), "channels_last"), ((2, 1024, 1280), "nlc")):
+    for dtype in NAMES:
+        form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+        x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=form)
+        if layout == "channels_last":
+            x = torch.empty(shape, dtype=dtype, device="meta", memory_format=form)
+        channels = shape[1] if len(shape) == 4 else shape[-1]
+        rows, out = torch.empty(shape[0], dtype=torch.int64, device="meta"), torch.empty(shape[0], channels, device="meta")
+        launch = kernel._prepare(x, rows, out, False, None)
+        function = kernel._channel_sq_norm_kernel
+        pointers = (NAMES[dtype], "*i64", "*fp32", "*fp32", "*fp32", "*i32")
+        values = dict(zip(function.arg_names, (*pointers, *launch.integers, *launch.constants.values())))
+        signature, constants, attributes = {}, {}, {}
+        for i, (name, value) in enumerate(values.items()):
+            if isinstance(value, str):
+                signature[name], attributes[(i,)] = value, [["tt.divisibility", 16]]
+            elif name in launch.constants or value == 1:
+                signature[name], constants[(i,)] = "constexpr", value
+            else:
+                signature[name] = "i32"
+                if value % 16 == 0:
+                    attributes[(i,)] = [["tt.divisibility", 16]]
+        for arch in map(int, sys.argv[1:]):
+            built = triton.compile(ASTSource(function, signature, constants, attributes), target=GPUTarget("cuda", arch, 32),
+                                   options={"num_warps": launch.num_warps})
+            wide = len(re.findall(r"ld\\.global[.\\w:]*\\.v4\\.b32", built.asm["ptx"]))
+            assert len(built.asm["cubin"]) > 0
+            assert wide >= (4 if dtype != torch.float32 else 8), (shape, layout, dtype, arch, wide)
+print("compiled")
+'''  # fmt: skip
+
+
+def test_compiles_for_every_architecture_with_16_byte_loads(tmp_path: Path) -> None:
+    """Without a GPU: machine code for sm_80, sm_90 and sm_100, reading x in 16-byte words in every layout and dtype."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, "80", "90", "100"], capture_output=True, text=True, timeout=280, env=env, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip().endswith("compiled")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_captured_graphs_keep_their_own_tickets() -> None:
+    """Two graphs that hold the ticket path replay at once on two streams, between eager calls."""
+    x = torch.randn(8, 320, 64, 64, device="cuda")
+    rows = torch.arange(8, device="cuda") // 2
+    want = truth_of(x, rows, torch.zeros(4, 320, device="cuda"))
+    eager = torch.zeros(4, 320, device="cuda")
+    sq_kernel.channel_sq_norm(x, rows, eager)
+    outs, graphs, streams = [], [], [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    for _ in streams:
+        out = torch.zeros(4, 320, device="cuda")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(4):
+                sq_kernel.channel_sq_norm(x, rows, out)
+        outs.append(out)
+        graphs.append(graph)
+    for _ in range(5):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        sq_kernel.channel_sq_norm(x, rows, eager)
+    torch.cuda.synchronize()
+    for out in outs:
+        torch.testing.assert_close(out.double(), 20 * want, rtol=1e-5, atol=1e-3)
+        assert torch.equal(out, outs[0])
+    torch.testing.assert_close(eager.double(), 6 * want, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_side_stream_and_alignment() -> None:
+    """The cached launch is only reused for the same alignment, and scratch belongs to a stream."""
+    base = torch.randn(4 * 64 * 256 + 8, device="cuda")
+    rows = torch.tensor([0, 0, 1, 1], device="cuda")
+    torch.cuda.synchronize()
+    for shift in (0, 1, 2, 4, 0):
+        x = base[shift : shift + 4 * 64 * 256].view(4, 64, 16, 16)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            out = torch.zeros(2, 64, device="cuda")
+            sq_kernel.channel_sq_norm(x, rows, out)
+        torch.cuda.synchronize()
+        torch.testing.assert_close(out.double(), truth_of(x, rows, torch.zeros(2, 64, device="cuda")), rtol=1e-6, atol=1e-4)
