@@ -17,6 +17,7 @@ A slot that no norm sees is always chosen freely. Ties go to the lower index.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import itertools
 import json
 import math
@@ -415,27 +416,39 @@ def sensitive_widths(problem: WidthProblem, target: Target, damage: Mapping[str,
             raise _unreachable(problem, target)
         return best[2]
 
+    # A step to the next smaller width of a unit is scored by its damage per unit of budget that it frees. Steps of
+    # other units change what a step frees only slowly, so a step is scored again only when it comes to the top.
     choice = {u: len(problem.options[u]) - 1 for u in units}
     spent = spend(problem.widths(choice))
+
+    def price(u: str) -> float:
+        """Damage per budget of the best step down from here, over the next few widths (damage need not be convex)."""
+        best = math.inf
+        for index in range(choice[u] - 1, max(choice[u] - 4, -1), -1):
+            freed = spent - spend(problem.widths({**choice, u: index}))
+            if freed > 0:
+                # Freeing more than is needed earns nothing.
+                rate = (damage[u][index] - damage[u][choice[u]]) / min(freed, spent - budget)
+                if rate < best:
+                    best, target_index[u] = rate, index
+        return best
+
+    target_index: dict[str, int] = {}
+    queue = [(price(u), n, u) for n, u in enumerate(units)] if spent > budget * (1 + 1e-9) else []
+    heapq.heapify(queue)
     while spent > budget * (1 + 1e-9):
-        steps = []
-        for u in units:
-            for index in range(choice[u]):
-                widths = problem.widths({**choice, u: index})
-                if not problem.legal(widths):
-                    continue
-                freed = spent - spend(widths)
-                if freed > 0:
-                    # Freeing more than is needed earns nothing.
-                    useful = min(freed, spent - budget)
-                    steps.append(((damage[u][index] - damage[u][choice[u]]) / useful, u, index))
-        if not steps:
+        _, n, unit = heapq.heappop(queue)
+        fresh = price(unit)
+        if queue and fresh > queue[0][0]:
+            heapq.heappush(queue, (fresh, n, unit))
+            continue
+        if not math.isfinite(fresh):
             if target.ratio is not None:
                 break
             raise _unreachable(problem, target)
-        _, unit, index = min(steps)
-        choice[unit] = index
+        choice[unit] = target_index[unit]
         spent = spend(problem.widths(choice))
+        heapq.heappush(queue, (price(unit) if spent > budget * (1 + 1e-9) else math.inf, n, unit))
     for u in sorted(units, key=lambda u: -damage[u][choice[u]]):
         for index in range(len(problem.options[u]) - 1, choice[u], -1):
             widths = problem.widths({**choice, u: index})
@@ -479,7 +492,8 @@ def stock_problem(
         options["+".join(f"level {i}" for i in run)] = [dict.fromkeys(names, c) for c in sorted(counts)]
     if all(slots.slots[n].prunable for n in time_slots):
         width = slots.slots[time_slots[0]].width
-        counts_time = [c for c in range(align, width, align) if c >= max(min_width, width // 8)]
+        step = math.lcm(align, max(1, width // 16))
+        counts_time = [c for c in range(step, width, step) if c >= max(min_width, width // 8)]
         options["time embedding"] = [dict.fromkeys(time_slots, c) for c in [*counts_time, width]]
 
     def level_widths(widths: Mapping[str, int]) -> list[int]:
@@ -532,7 +546,8 @@ def free_problem(slots: SlotMap, costs: CostModel, policy: str, align: int, min_
         counts = set(legal_counts(slots, name, policy, "free", align, minimum))
         for other in members[1:]:
             counts &= set(legal_counts(slots, other, policy, "free", align, minimum)) | {slot.width}
-        options[name] = [dict.fromkeys(members, c) for c in sorted(counts)]
+        fine = [c for c in sorted(counts) if c % max(1, slot.width // 16) == 0]  # sixteenths are fine enough
+        options[name] = [dict.fromkeys(members, c) for c in fine]
     return WidthProblem(slots, costs, options, lambda widths: True, lambda widths: None)
 
 
