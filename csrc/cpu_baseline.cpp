@@ -17,7 +17,8 @@ const CpuKernels* cpu_kernels_baseline() { return &kTable; }
 const CpuKernels& cpu_kernels() {
   static const CpuKernels* const best = [] {
     const char* const limit = std::getenv("WANDA_FAST_CPU");
-    for (const CpuKernels* k : {cpu_kernels_avx512(), cpu_kernels_avx2()}) {
+    const CpuKernels* const wider[] = {cpu_kernels_avx512(), cpu_kernels_avx2()};
+    for (const CpuKernels* k : wider) {
       if (k && (!limit || std::strcmp(limit, k->name) == 0)) return k;
     }
     return cpu_kernels_baseline();
