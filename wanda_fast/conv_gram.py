@@ -6,6 +6,7 @@ of ones comes last. `weight_rows` and `rows_weight` convert a weight to that ord
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -79,7 +80,7 @@ def row_gram(x: Tensor, y: Tensor, blocks: int = 4) -> tuple[Tensor, Tensor]:
     else:
         xtx = x.new_empty(k, k)
         edges = [k * i // blocks for i in range(blocks + 1)]
-        for lo, hi in zip(edges, edges[1:]):
+        for lo, hi in itertools.pairwise(edges):
             xtx[lo:hi, lo:] = x[:, lo:hi].t() @ x[:, lo:]
             xtx[hi:, lo:hi] = xtx[lo:hi, hi:].t()
     return xtx, x.t() @ y
@@ -125,7 +126,7 @@ def conv_gram_shift(
     total: list[Tensor] = []
     for i in range(0, max(n, 1), step):
         part = _shift_sums(x[i : i + step], y[i : i + step], None if weight is None else weight[i : i + step], products)
-        total = [t + p for t, p in zip(total, part)] if total else part
+        total = [t + p for t, p in zip(total, part, strict=True)] if total else part
     return _assemble(*total)
 
 
@@ -146,7 +147,12 @@ def _shift_sums(x: Tensor, y: Tensor, weight: Tensor | None, products: Products)
     cross = products(flat, v.view(-1, v.shape[-1]), [-(ty * width + tx) for ty, tx in _TAPS])
     lines = []
     # A tap of -1 never sees the last line, one of +1 never the first. Last row, first row, last column, first column.
-    for a, b in ((z[:, h], right[:, h]), (z[:, 1], right[:, 1]), (z[:, :, w], right[:, :, w]), (z[:, :, 1], right[:, :, 1])):
+    for a, b in (
+        (z[:, h], right[:, h]),
+        (z[:, 1], right[:, 1]),
+        (z[:, :, w], right[:, :, w]),
+        (z[:, :, 1], right[:, :, 1]),
+    ):
         for shift in range(3):
             length = a.shape[1] - shift
             lines.append(a[:, :length].reshape(-1, c).t() @ b[:, shift:].reshape(-1, c))
@@ -157,7 +163,7 @@ def _shift_sums(x: Tensor, y: Tensor, weight: Tensor | None, products: Products)
 def _assemble(full: Tensor, lines: Tensor, corners: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
     c = full.shape[1]
     table = {}
-    for (dy, dx), block in zip(_OFFSETS, full):
+    for (dy, dx), block in zip(_OFFSETS, full, strict=True):
         table[dy, dx], table[-dy, -dx] = block, block.t()
 
     def line(first: int, tap: int, shift: int) -> Tensor:

@@ -12,11 +12,12 @@ Source: DESIGN "Least-squares repair"; the layer-wise reconstruction goes back t
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from wanda_fast import ops
 from wanda_fast.conv_gram import map_rows, patch_rows, row_gram, rows_weight, weight_rows
+from wanda_fast.least_squares import Sums, solve_ridge
 from wanda_fast.lockstep import Event, Hooked, Walk, peak_bytes
 
 METHODS = ("lstsq", "bias", "none")
@@ -35,7 +37,9 @@ Keep = dict[str, tuple["Tensor | None", "Tensor | None"]]
 Batch = tuple[Tensor, Tensor, "Tensor | None"]
 
 HELD_OUT = 8  # every 8th image of a batch judges the fit and takes no part in it
+_CPU_ROWS_PER_UNKNOWN = 8.0
 _MIN_ROWS = 16384  # rows of a layer are not subsampled below this
+_WHOLE_FROM = 0.35  # share of a map's positions from which on the whole map is cheaper than the rows
 _HELD_ROWS = 4096  # rows of held-out images that are kept per layer
 # squared relative error below which a layer's output counts as equal to the dense one's: rounding of the forward pass
 _EXACT = {torch.float32: 1e-9, torch.float64: 1e-18, torch.float16: 1e-6, torch.bfloat16: 3e-5}
@@ -156,7 +160,7 @@ def _unsupported(module: nn.Module) -> str:
 
 
 def _plan_stages(
-    hooked: Hooked, call: Callable[[nn.Module], Any], names: list[str], blocks: dict[str, str], with_norms: bool
+    hooked: Hooked, call: Callable[[nn.Module], Any], names: list[str], blocks: dict[str, str]
 ) -> tuple[list[_Stage], dict[str, str], dict[str, str]]:
     """Stages in execution order, reasons of the layers that are left alone, and for each norm the layer that reads it."""
     modules = dict(hooked.model.named_modules())
@@ -172,14 +176,16 @@ def _plan_stages(
             inputs[name] = value  # kept alive, so that identity means "the same tensor"
 
     hooked.listen(call, listener)
-    reasons = {name: "not reached by the forward pass" for name in names if name not in calls and _is_layer(modules[name])}
+    reasons = {
+        name: "not reached by the forward pass" for name in names if name not in calls and _is_layer(modules[name])
+    }
     for name, times in calls.items():
         why = _unsupported(modules[name]) or (f"called {times} times in one pass" if times > 1 else "")
         if why:
             reasons[name] = why
     order = [name for name in order if name not in reasons]
     reader = {}
-    for name, follower in zip(order, order[1:]):
+    for name, follower in itertools.pairwise(order):
         if not _is_layer(modules[name]):
             reader[name] = follower
 
@@ -189,8 +195,7 @@ def _plan_stages(
         if name in taken:
             continue
         if not _is_layer(modules[name]):
-            if with_norms:
-                stages.append(_Stage("norm", [name], [(name, "in")]))
+            stages.append(_Stage("norm", [name], [(name, "in")]))
             continue
         if name in blocks:
             block = blocks[name]
@@ -231,7 +236,7 @@ def _geometry(module: nn.Module) -> tuple[tuple[int, int], tuple[int, int], tupl
     return (1, 1), (1, 1), (0, 0)
 
 
-def _apply(module: nn.Module, x: Tensor) -> Tensor:
+def _apply(module: Any, x: Tensor) -> Tensor:
     """The layer on a map, in x's dtype and outside of autocast."""
     weight, bias = module.weight.to(x.dtype), None if module.bias is None else module.bias.to(x.dtype)
     if isinstance(module, nn.Conv2d):
@@ -246,7 +251,7 @@ def _select(value: Tensor, keep: Tensor | None) -> Tensor:
 class _Rows:
     """What one stage takes from one batch: input maps, and the target map left to explain."""
 
-    def __init__(self, modules: list[nn.Module], maps: list[Tensor], target: Tensor) -> None:
+    def __init__(self, modules: list[Any], maps: list[Tensor], target: Tensor) -> None:
         self.modules, self.maps, self.target = modules, maps, target
 
     def subset(self, index: Tensor) -> _Rows:
@@ -259,7 +264,8 @@ class _Rows:
     def gather(self, positions: Tensor | None, joint: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Rows X [M, K + 1] with a column of ones, residual R [M, C] of the present weights, target Y [M, C]."""
         parts = [
-            patch_rows(x, *_geometry(m), positions) for m, x in zip(self.modules if joint else self.modules[:1], self.maps)
+            patch_rows(x, *_geometry(m), positions)
+            for m, x in zip(self.modules if joint else self.modules[:1], self.maps, strict=True)
         ]
         y = map_rows(self.target, positions)
         fits = []
@@ -271,104 +277,11 @@ class _Rows:
         return x, y - fit, y
 
     def residual_map(self, joint: bool) -> Tensor:
-        outs = [_apply(m, x) for m, x in zip(self.modules, self.maps if joint else self.maps * len(self.modules))]
+        outs = [
+            _apply(m, x)
+            for m, x in zip(self.modules, self.maps if joint else self.maps * len(self.modules), strict=True)
+        ]
         return self.target - (sum(outs[1:], outs[0]) if joint else torch.cat(outs, dim=1))
-
-
-# ----------------------------------------------------------------------------------------------------------------- sums
-
-
-class _Sums:
-    """Normal equations and error sums of one stage, in float64."""
-
-    def __init__(self, unknowns: int, outputs: int, device: torch.device) -> None:
-        # float64 does not exist on every device; the sums of one batch come in float32 and are added up on the CPU there
-        home = torch.device("cpu") if device.type == "mps" else device
-        zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=home)  # noqa: E731
-        self.home = home
-        self.xtx, self.xtr = zeros(unknowns + 1, unknowns + 1), zeros(unknowns + 1, outputs)
-        self.rr, self.y, self.yy = zeros(outputs), zeros(outputs), zeros(outputs)
-        self.rows = 0
-        self.held: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def add(self, xtx: Tensor, xtr: Tensor, r: Tensor, y: Tensor, dims: tuple[int, ...], weight: Tensor | None) -> None:
-        self.xtx += xtx.to(self.home)
-        self.xtr += xtr.to(self.home)
-        if weight is not None:
-            y_w, r_w = y * weight, r * weight
-        else:
-            y_w, r_w = y, r
-        self.y += y_w.sum(dims).to(self.home)
-        self.yy += (y_w * y).sum(dims).to(self.home)
-        self.rr += (r_w * r).sum(dims).to(self.home)
-        self.rows += y[..., 0].numel() if dims == (0,) else y[:, 0].numel()
-
-    @property
-    def spread(self) -> Tensor:
-        """Σ(Y - mean Y)² per output; ΣY² where the output is constant."""
-        spread = self.yy - self.y.square() / self.xtx[-1, -1].clamp_min(1e-300)
-        return torch.where(spread > 1e-12 * self.yy, spread, self.yy).clamp_min(1e-300)
-
-    def error(self, delta: Tensor | None, columns: slice) -> float:
-        rr = self.rr[columns].sum()
-        if delta is not None:
-            d = delta[:, columns]
-            rr = rr - 2 * (d * self.xtr[:, columns]).sum() + (d * (self.xtx @ d)).sum()
-        return float(rr.clamp_min(0) / self.spread[columns].sum())
-
-    def held_error(self, delta: Tensor | None, columns: slice) -> float | None:
-        if not self.held:
-            return None
-        rr = yy = total = 0.0
-        y_sum: Tensor | float = 0.0
-        count = 0
-        for x, r, y in self.held:
-            if delta is not None:
-                r = r - x @ delta.to(device=x.device, dtype=x.dtype)
-            rr += float(r[:, columns].double().square().sum())
-            y_sum = y_sum + y[:, columns].double().sum(0)
-            yy += float(y[:, columns].double().square().sum())
-            count += len(y)
-        total = yy - float((y_sum * y_sum).sum()) / max(count, 1)  # type: ignore[operator]
-        return rr / max(total if total > 1e-12 * yy else yy, 1e-300)
-
-
-def solve_ridge(xtx: Tensor, xtr: Tensor, ridge: float) -> tuple[Tensor, float, str]:
-    """Δ that minimises ‖R - XΔ‖² + λ‖Δ‖² with λ = ridge · mean diagonal of the centred XᵀX; the last column of X is ones, unpenalised.
-
-    Args:
-        xtx: [K+1, K+1] float64, xtr: [K+1, C] float64.
-
-    Returns:
-        Δ [K+1, C], the ridge that was used, a remark ("" if there is nothing to say). A matrix that is not positive
-        definite at this ridge raises the ridge tenfold until it is.
-    """
-    n = xtx[-1, -1]
-    mean = xtx[-1, :-1] / n  # [K]
-    gram = xtx[:-1, :-1] - torch.outer(mean, mean) * n
-    rhs = xtr[:-1] - mean[:, None] * xtr[-1]
-    diagonal = gram.diagonal().clamp_min(0)
-    scale = float(diagonal.mean())
-    constant = int((diagonal <= 1e-9 * xtx.diagonal()[:-1]).sum())
-    remarks = [f"{constant} constant inputs"] if constant else []
-    delta = torch.zeros_like(xtr)
-    used = ridge
-    if scale > 0:
-        for _ in range(12):
-            shifted = gram.clone()
-            shifted.diagonal().add_(used * scale)
-            factor, info = torch.linalg.cholesky_ex(shifted)
-            if int(info) == 0:
-                delta[:-1] = torch.cholesky_solve(rhs, factor)
-                if bool(torch.isfinite(delta).all()):
-                    break
-            used = max(used * 10, 1e-12)
-        else:
-            raise RuntimeError("the normal equations cannot be solved at any ridge")
-        if used != ridge:
-            remarks.append(f"rank-deficient: ridge raised to {used:.0e}")
-    delta[-1] = (xtr[-1] - (mean * n) @ delta[:-1]) / n
-    return delta, used, ", ".join(remarks)
 
 
 # ---------------------------------------------------------------------------------------------------------------- repair
@@ -382,47 +295,127 @@ def repair(
     *,
     method: str = "lstsq",
     target: str = "block",
-    ridge: float | Sequence[float] = (1e-4, 1e-3, 1e-2, 1e-1),
-    norms: bool = False,
-    max_rows: int | None = None,
+    ridge: float | Sequence[float] = (1e-3, 1e-2),
+    norms: bool = True,
     rows_per_unknown: float | None = None,
-    subsample: str = "positions",
+    max_rows: int | None = None,
     timestep_weight: Callable[[Tensor], Tensor] | None = None,
-    passes: int = 1,
     memory_limit: int | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     progress: bool = False,
 ) -> RepairReport:
-    """Refit every layer of `pruned` to the dense network's outputs by least squares, in place."""
+    """Refit every layer of `pruned` to the dense network's outputs, (XᵀX + λI) W' = XᵀY + λW, in place.
+
+    Both networks walk through the same noised images together and stop at every layer (`wanda_fast.lockstep`), so the whole repair
+    costs one forward pass of each, the sums and the solutions. A change is accepted only where it lowers the error on the
+    rows of the fit and on every 8th image, which takes no part in it; of several ridges the one wins that is best there.
+    Layers whose output equals the dense one's are left alone, bit for bit. The sums and solutions are made in
+    float32 products added up in float64, and a float64 Cholesky factorisation, whatever dtype the networks have.
+
+    Args:
+        dense: the network before pruning; not changed.
+        pruned: a network with the same names of Conv2d and Linear layers; its weights, biases and norm gains are changed in place
+            at the very end, in their own dtype.
+        keep: layer -> (output channels, input channels) of the dense layer that the pruned one keeps, int64; None for all.
+        batches: makes the iterable of (x_t [N, C, H, W], t [N], labels [N] or None); each call must give the same.
+        method: "lstsq"; "bias" only adds to each bias what the removed inputs contribute on average; "none" changes nothing.
+        target: what a layer that ends a residual block is fitted to: "layer", its own dense output, or "block", the block's dense output
+            less what the pruned network's own shortcut adds, so that it also corrects the error that has piled up before. A
+            convolution on the shortcut is then fitted together with it.
+        ridge: λ in units of the mean diagonal of the centred XᵀX; of several the best on held-out images is taken.
+        norms: also refit gain and bias of every GroupNorm, channel by channel.
+        rows_per_unknown: rows of X per unknown of a layer, at least 16384 rows; positions of the maps are drawn at random
+            to that number. None for 8 on a CPU and all on a GPU; `math.inf` for all.
+        max_rows: most rows of a layer, whatever its size.
+        timestep_weight: t [N] int64 -> weight [N] of these images in the fit; None for 1.
+        memory_limit: bytes that waiting passes may hold. Images beyond it are run from the start again for every layer, which
+            gives the same sums for more time. None for 60 % of a GPU's free memory, 40 % of the free main memory.
+        seed: of the positions that are drawn.
+        device: where to compute; None for the pruned network's device.
+        dtype: of the forward passes; float16 and bfloat16 run under autocast.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: an unknown method or target, or `keep` does not fit the layers.
+        RuntimeError: non-finite values; the text names the layer.
+
+    Source: layer-wise reconstruction, He et al. 2017, arXiv:1707.06168; block outputs: Li et al. 2021, arXiv:2102.05426.
+    """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if target not in TARGETS:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+    ridges = (float(ridge),) if isinstance(ridge, (int, float)) else tuple(float(r) for r in ridge)
+    if not ridges or not all(0 <= r < math.inf for r in ridges):
+        raise ValueError(f"ridge must be one or more finite numbers of at least 0, got {ridge}")
     started = time.perf_counter()
     report = RepairReport(method)
     if method == "none":
         return report
     home = torch.device(device) if device is not None else next(pruned.parameters()).device
+    if rows_per_unknown is None:
+        rows_per_unknown = _CPU_ROWS_PER_UNKNOWN if home.type == "cpu" else math.inf
     work_dense, work = (_working_copy(m, home) for m in (dense, pruned))
-    run = _Run(work_dense, work, keep, batches, home, dtype, seed, report)
-    if method == "bias":
-        run.fold_means()
-    else:
-        ridges = (ridge,) if isinstance(ridge, (int, float)) else tuple(ridge)
-        for _ in range(passes):
-            run.least_squares(
-                target, ridges, norms, max_rows, rows_per_unknown, subsample, timestep_weight, memory_limit, progress
-            )
+    options = _Options(target, ridges, norms, rows_per_unknown, max_rows, timestep_weight, memory_limit, seed, dtype)
+    run = _Run(work_dense, work, keep, batches, home, options, report)
+    with _full_precision():
+        if method == "bias":
+            run.fold_means()
+        else:
+            run.least_squares(progress)
+    report.settings = options.to_dict()
     source, destination = dict(work.named_modules()), dict(pruned.named_modules())
     with torch.no_grad():
         for name in {r.layer for r in report.layers if r.accepted}:
-            for to, value in ((destination[name].weight, source[name].weight), (destination[name].bias, source[name].bias)):
+            for part in ("weight", "bias"):
+                to: Tensor | None = getattr(destination[name], part)
                 if to is not None:
-                    to.copy_(value)
+                    to.copy_(getattr(source[name], part))
     report.seconds = time.perf_counter() - started
     return report
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """No TF32 inside: the sums need all of float32."""
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+
+
+@dataclass(frozen=True)
+class _Options:
+    target: str
+    ridges: tuple[float, ...]
+    norms: bool
+    rows_per_unknown: float
+    max_rows: int | None
+    timestep_weight: Callable[[Tensor], Tensor] | None
+    memory_limit: int | None
+    seed: int
+    dtype: torch.dtype
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "target": self.target,
+            "ridges": list(self.ridges),
+            "norms": self.norms,
+            "rows_per_unknown": self.rows_per_unknown if math.isfinite(self.rows_per_unknown) else "all",
+            "max_rows": self.max_rows,
+            "timestep_weight": self.timestep_weight is not None,
+            "seed": self.seed,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    def rows(self, unknowns: int) -> float:
+        """Rows that a layer of so many unknowns is fitted on, at most."""
+        wanted = max(_MIN_ROWS, self.rows_per_unknown * unknowns)
+        return wanted if self.max_rows is None else min(wanted, self.max_rows)
 
 
 class _Run:
@@ -433,17 +426,26 @@ class _Run:
         keep: Keep,
         batches: Callable[[], Iterable[Batch]],
         device: torch.device,
-        dtype: torch.dtype,
-        seed: int,
+        options: _Options,
         report: RepairReport,
     ) -> None:
         self.dense, self.pruned, self.keep, self.batches = dense, pruned, keep, batches
-        self.device, self.dtype, self.seed, self.report = device, dtype, seed, report
-        self.dense_modules, self.modules = dict(dense.named_modules()), dict(pruned.named_modules())
+        self.device, self.options, self.report = device, options, report
+        self.dense_modules: dict[str, Any] = dict(dense.named_modules())
+        self.modules: dict[str, Any] = dict(pruned.named_modules())
         self.layers = [n for n, m in self.modules.items() if _is_layer(m)]
         missing = [n for n in self.layers if n not in self.dense_modules]
         if missing:
             raise ValueError(f"the dense network has no layer {missing[0]}")
+        for name in self.layers:
+            for side, kept in enumerate(keep.get(name, (None, None))):
+                full = self.dense_modules[name].weight.shape[side]
+                size = self.modules[name].weight.shape[side]
+                if (full if kept is None else len(kept)) != size:
+                    what = ("output", "input")[side]
+                    raise ValueError(
+                        f"keep[{name!r}]: {full if kept is None else len(kept)} {what} channels, the layer has {size}"
+                    )
 
     # ----------------------------------------------------------------------------------------------------------- passes
 
@@ -454,8 +456,10 @@ class _Run:
         def run(model: nn.Module) -> None:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
-            low = self.dtype in (torch.bfloat16, torch.float16)
-            cast: Any = torch.autocast(self.device.type, self.dtype, cache_enabled=False) if low else nullcontext()
+            low = self.options.dtype in (torch.bfloat16, torch.float16)
+            cast: Any = (
+                torch.autocast(self.device.type, self.options.dtype, cache_enabled=False) if low else nullcontext()
+            )
             with torch.no_grad(), cast:
                 model(x.float(), t, **extra)  # type: ignore[union-attr]
 
@@ -465,7 +469,7 @@ class _Run:
         """Factor on the dense output of a query projection: pruning may fold the change of the softmax scale into it."""
         parent, _, leaf = name.rpartition(".")
         if leaf == "to_q" and hasattr(self.modules[parent], "scale") and hasattr(self.dense_modules[parent], "scale"):
-            return float(self.dense_modules[parent].scale) / float(self.modules[parent].scale)  # type: ignore[arg-type]
+            return float(self.dense_modules[parent].scale) / float(self.modules[parent].scale)
         return 1.0
 
     def rows_of(self, stage: _Stage, dense: Walk, pruned: Walk) -> _Rows:
@@ -474,7 +478,7 @@ class _Run:
         pruned.advance(stage.wanted)
         got = {event: pruned.take(event) for event in stage.wanted}
         modules = [self.modules[name] for name in stage.layers]
-        maps = [_as_map(got[event], m) for event, m in zip(stage.inputs, modules)]
+        maps = [_as_map(got[event], m) for event, m in zip(stage.inputs, modules, strict=True)]
         outs = [dense.take(event) for event in stage.targets]
         if stage.kind == "norm":
             keep = self.keep.get(self.reader.get(stage.layers[0], ""), (None, None))[1]
@@ -483,12 +487,12 @@ class _Run:
         if stage.block is None:
             parts = [
                 _select(_as_map(out, m), self.keep.get(name, (None, None))[0]) * self.output_scale(name)
-                for out, m, name in zip(outs, modules, stage.layers)
+                for out, m, name in zip(outs, modules, stage.layers, strict=True)
             ]
             return _Rows(modules, maps, torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])
         block = self.dense_modules[stage.block]
-        factor = getattr(block, "output_scale_factor", None) or getattr(block, "rescale_output_factor", 1.0)
-        goal = _select(outs[0].float(), self.keep.get(stage.layers[0], (None, None))[0]) * float(factor)
+        factor = getattr(block, "output_scale_factor", getattr(block, "rescale_output_factor", 1.0))
+        goal = _select(outs[0].float(), self.keep.get(stage.layers[0], (None, None))[0]) * factor
         if len(stage.layers) == 1:  # what the block adds to the layer as it is
             goal = goal - got[(stage.block, "in")].float()
         if isinstance(modules[0], nn.Linear):
@@ -497,53 +501,43 @@ class _Run:
 
     # ------------------------------------------------------------------------------------------------------ least squares
 
-    def least_squares(
-        self,
-        target: str,
-        ridges: tuple[float, ...],
-        norms: bool,
-        max_rows: int | None,
-        rows_per_unknown: float | None,
-        subsample: str,
-        timestep_weight: Callable[[Tensor], Tensor] | None,
-        memory_limit: int | None,
-        progress: bool,
-    ) -> None:
-        self.ridges, self.max_rows, self.rows_per_unknown = ridges, max_rows, rows_per_unknown
-        self.subsample, self.timestep_weight = subsample, timestep_weight
-        blocks = _find_blocks(self.pruned) if target == "block" else {}
-        norm_names = [n for n, m in self.modules.items() if isinstance(m, nn.GroupNorm)] if norms else []
-        watched = [*self.layers, *norm_names, *blocks.values()]
+    def least_squares(self, progress: bool) -> None:
+        o = self.options
+        blocks = _find_blocks(self.pruned) if o.target == "block" else {}
+        norms = [n for n, m in self.modules.items() if isinstance(m, nn.GroupNorm) and m.affine] if o.norms else []
+        watched = [*self.layers, *norms, *blocks.values()]
         walks: list[tuple[Walk, Walk, Tensor]] = []
         with Hooked(self.dense, watched) as dense, Hooked(self.pruned, watched) as pruned:
-            first = next(iter(self.batches()))
+            first = next(iter(self.batches()), None)
+            if first is None or len(first[0]) == 0:
+                raise ValueError("batches: there is no image to repair with")
             one: Batch = (first[0][:1], first[1][:1], None if first[2] is None else first[2][:1])
-            stages, reasons, self.reader = _plan_stages(pruned, self.call(one), watched, blocks, norms)
+            stages, reasons, self.reader = _plan_stages(pruned, self.call(one), watched, blocks)
             per_image = peak_bytes(lambda: self.call(one)(self.dense)) + peak_bytes(lambda: self.call(one)(self.pruned))
-            budget = _memory_budget(self.device) if memory_limit is None else memory_limit
+            budget = _memory_budget(self.device) if o.memory_limit is None else o.memory_limit
             self.report.layers += [LayerRepair(n, "skipped", remark=why) for n, why in reasons.items()]
             sticky = [event for stage in stages for event in stage.wanted]
             try:
-                images = 0
-                replayed = 0
-                sizes = []
+                held = images = 0
                 for batch in self.batches():
                     n = len(batch[0])
-                    sizes.append(n)
-                    if walks and (images + n) * per_image > budget:
-                        replayed += n
-                        continue
+                    if not walks or (images + n) * per_image <= budget:
+                        call = self.call(batch)
+                        walks.append((Walk(dense, call), Walk(pruned, call, sticky), batch[1]))
+                    else:
+                        self.report.replayed_images += n
+                    held += len(_held_index(images, n))
                     images += n
-                    call = self.call(batch)
-                    walks.append((Walk(dense, call), Walk(pruned, call, sticky), batch[1]))
-                self.report.images, self.report.replayed_images = images + replayed, replayed
-                self.total = sum(n - _held_index(n, self.device).numel() for n in sizes)
-                self.total_held = sum(sizes) - self.total
+                self.report.images = images
+                self.fit_images, self.held_images = images - held, held
 
-                def records(stage: _Stage) -> Iterator[tuple[_Rows, Tensor]]:
+                def records(stage: _Stage) -> Iterator[tuple[_Rows, Tensor, Tensor]]:
+                    """(data, t, indices of the held-out samples) of every batch."""
+                    seen = 0
                     for a, b, t in walks:
-                        yield self.rows_of(stage, a, b), t
-                    if not replayed:
+                        yield self.rows_of(stage, a, b), t, _held_index(seen, len(t))
+                        seen += len(t)
+                    if not self.report.replayed_images:
                         return
                     for i, batch in enumerate(self.batches()):
                         if i < len(walks):
@@ -551,10 +545,11 @@ class _Run:
                         call = self.call(batch)
                         a, b = Walk(dense, call), Walk(pruned, call, stage.wanted)
                         try:
-                            yield self.rows_of(stage, a, b), batch[1]
+                            yield self.rows_of(stage, a, b), batch[1], _held_index(seen, len(batch[1]))
                         finally:
                             a.close()
                             b.close()
+                        seen += len(batch[1])
 
                 for number, stage in enumerate(_progress(stages, progress)):
                     begun = time.perf_counter()
@@ -571,38 +566,40 @@ class _Run:
                     a.close()
                     b.close()
 
-    def fit(self, stage: _Stage, records: Iterator[tuple[_Rows, Tensor]], number: int) -> list[LayerRepair]:
+    def fit(self, stage: _Stage, records: Iterator[tuple[_Rows, Tensor, Tensor]], number: int) -> list[LayerRepair]:
         modules = [self.modules[name] for name in stage.layers]
         widths = [m.weight[0].numel() for m in modules]
         unknowns = sum(widths) if stage.joint else widths[0]
         outs = [m.weight.shape[0] for m in modules]
         edges = [sum(outs[:i]) for i in range(len(outs) + 1)]
-        groups = [slice(0, outs[0])] if stage.joint else [slice(a, b) for a, b in zip(edges, edges[1:])]
-        sums = _Sums(unknowns, groups[-1].stop, self.device)
+        groups = [slice(0, outs[0])] if stage.joint else [slice(a, b) for a, b in itertools.pairwise(edges)]
+        sums = Sums(unknowns, groups[-1].stop, self.device)
         label = " + ".join(stage.layers)
-        for index, (data, t) in enumerate(records):
-            self.collect(sums, stage, data, t, unknowns, number * 100003 + index)
+        for index, (data, t, held) in enumerate(records):
+            self.collect(sums, stage, data, t, held, unknowns, number * 100003 + index)
             if index == 0:
                 # sums of the first batch tell whether anything was disturbed at all up to here
-                if all(sums.error(None, g) <= _EXACT[self.dtype] for g in groups):
+                if all(sums.error(None, g) <= _EXACT[self.options.dtype] for g in groups):
                     return [
                         LayerRepair(name, "exact", 0.0, 0.0, rows=sums.rows, unknowns=unknowns) for name in stage.layers
                     ]
-        if not (bool(torch.isfinite(sums.xtx).all()) and bool(torch.isfinite(sums.xtr).all())):
+        if not sums.finite():
             raise RuntimeError(f"non-finite values in the input or output of layer {label}: the repair cannot continue")
         tries = []
-        for ridge in self.ridges:
+        for ridge in self.options.ridges:
             delta, used, remark = solve_ridge(sums.xtx, sums.xtr, ridge)
             tries.append((delta, used, remark, [sums.held_error(delta, g) for g in groups]))
         results = []
         for i, g in enumerate(groups):
             before, held_before = sums.error(None, g), sums.held_error(None, g)
-            delta, used, remark, helds = min(tries, key=lambda entry: entry[3][i] if entry[3][i] is not None else 0.0)
-            after, held = sums.error(delta, g), helds[i]
+            # without images to judge by, the strongest pull towards the present weight
+            order = [-entry[1] if entry[3][i] is None else entry[3][i] for entry in tries]
+            delta, used, remark, helds = tries[order.index(min(order))]  # type: ignore[type-var]
+            after, held_after = sums.error(delta, g), helds[i]
             remarks = [remark] if remark else []
             if sums.rows < unknowns:
                 remarks.append(f"{sums.rows} rows for {unknowns} unknowns")
-            better = after < before and (held is None or held_before is None or held < held_before)
+            better = after < before and (held_after is None or held_before is None or held_after < held_before)
             if better:
                 self.change(modules if stage.joint else modules[i : i + 1], delta[:, g])
             else:
@@ -614,7 +611,7 @@ class _Run:
                     before,
                     after if better else before,
                     held_before,
-                    held if better else held_before,
+                    held_after if better else held_before,
                     sums.rows,
                     unknowns,
                     used,
@@ -628,45 +625,45 @@ class _Run:
             ]
         return results
 
-    def collect(self, sums: _Sums, stage: _Stage, data: _Rows, t: Tensor, unknowns: int, seed: int) -> None:
+    def collect(
+        self, sums: Sums, stage: _Stage, data: _Rows, t: Tensor, held: Tensor, unknowns: int, seed: int
+    ) -> None:
         """Add one batch to the normal equations."""
         n = len(data.target)
-        held = _held_index(n, self.device)
-        fit = torch.ones(n, dtype=torch.bool)
-        fit[held.cpu()] = False
-        chosen = fit.nonzero().flatten()
-        generator = torch.Generator().manual_seed(self.seed * 7919 + seed)
+        generator = torch.Generator().manual_seed(self.options.seed * 7919 + seed)
         if len(held):
-            share = max(1, math.ceil(_HELD_ROWS / self.total_held))
-            part = data.subset(held)
-            sums.held.append(part.gather(self.pick(len(held), part.positions, share, generator), stage.joint))
-        wanted = self.row_budget(unknowns)
-        per_image = data.positions if wanted is None else min(data.positions, max(1, math.ceil(wanted / self.total)))
+            part = data.subset(held.to(self.device))
+            share = math.ceil(_HELD_ROWS / self.held_images)
+            sums.hold_out(*part.gather(self.pick(len(held), part.positions, share, generator), stage.joint))
+        fit = torch.ones(n, dtype=torch.bool)
+        fit[held] = False
+        chosen = fit.nonzero().flatten()
+        if not len(chosen):
+            return
+        part = data.subset(chosen.to(self.device)) if len(held) else data
+        weight = None
+        if self.options.timestep_weight is not None:
+            weight = self.options.timestep_weight(t.cpu()[chosen]).to(device=self.device, dtype=torch.float32)
         geometry = _geometry(data.modules[0])
-        shift = geometry == ((3, 3), (1, 1), (1, 1))
-        weight = None if self.timestep_weight is None else self.timestep_weight(t[chosen].cpu()).to(self.device).float()
-        whole = per_image >= data.positions * (0.35 if shift else 1.0)
-        if not whole and self.subsample == "images" and wanted is not None and data.positions > 1:
-            count = max(1, math.ceil(len(chosen) * wanted / (self.total * data.positions)))
-            pick = torch.linspace(0, len(chosen) - 1, count).round().long()
-            chosen, weight, whole = chosen[pick], None if weight is None else weight[pick.to(self.device)], True
-        part = data.subset(chosen.to(self.device))
-        if whole and shift:
+        share = (
+            min(math.ceil(self.options.rows(unknowns) / self.fit_images), data.positions) if data.positions > 1 else 1
+        )
+        # Whole maps cost 13 products instead of 45 per row, so they are cheaper well before all positions are drawn.
+        shifts = geometry == ((3, 3), (1, 1), (1, 1))
+        if share >= data.positions * (_WHOLE_FROM if shifts else 1.0):
             r = part.residual_map(stage.joint)
             second = part.maps[1] if stage.joint and len(part.maps) == 2 else None
             right = r if second is None else torch.cat([r, second], dim=1)
             xtx, xtr = ops.conv_gram(part.maps[0], right, *geometry, weight=weight)
             if second is not None:
                 xtx, xtr = self.join(xtx, xtr, *ops.conv_gram(second, r, (1, 1), weight=weight))
-            scale = None if weight is None else weight[:, None, None, None]
-            sums.add(xtx, xtr, r, part.target, (0, 2, 3), scale)
+            sums.add(xtx, xtr, r, part.target, (0, 2, 3), None if weight is None else weight[:, None, None, None])
             return
-        positions = None if whole else self.pick(len(chosen), data.positions, per_image, generator)
-        x, r, y = part.gather(positions, stage.joint)
+        x, r, y = part.gather(self.pick(len(chosen), data.positions, share, generator), stage.joint)
         if weight is None:
             sums.add(*row_gram(x, r), r, y, (0,), None)
         else:
-            root = weight.repeat_interleave(len(x) // len(chosen))[:, None].sqrt()
+            root = weight.repeat_interleave(share)[:, None].sqrt()
             sums.add(*row_gram(x * root, r * root), r, y, (0,), root.square())
 
     @staticmethod
@@ -681,12 +678,6 @@ class _Run:
         joined[:k, -1] = joined[-1, :k] = xtx[:k, -1]
         return joined, torch.cat([both[:k, :c], xtr2])
 
-    def row_budget(self, unknowns: int) -> int | None:
-        wanted = None if self.rows_per_unknown is None else max(_MIN_ROWS, int(self.rows_per_unknown * unknowns))
-        if self.max_rows is not None:
-            wanted = self.max_rows if wanted is None else min(wanted, self.max_rows)
-        return wanted
-
     def pick(self, n: int, size: int, count: int, generator: torch.Generator) -> Tensor | None:
         """[n, count] positions of each image, drawn without repeats; None takes all."""
         if count >= size:
@@ -694,7 +685,7 @@ class _Run:
         order = torch.rand(n, size, generator=generator).topk(count, dim=1).indices
         return order.sort(dim=1).values.to(self.device)
 
-    def change(self, modules: list[nn.Module], delta: Tensor) -> None:
+    def change(self, modules: list[Any], delta: Tensor) -> None:
         """Add Δ [K + 1, C] to the layers' weights, and its last row to the first bias."""
         start = 0
         bias = delta[-1]
@@ -709,7 +700,7 @@ class _Run:
 
     # ------------------------------------------------------------------------------------------------------------- norms
 
-    def fit_norm(self, stage: _Stage, records: Iterator[tuple[_Rows, Tensor]]) -> list[LayerRepair]:
+    def fit_norm(self, stage: _Stage, records: Iterator[tuple[_Rows, Tensor, Tensor]]) -> list[LayerRepair]:
         """Gain and bias of a norm, channel by channel: least squares of Y on the normalised input."""
         name = stage.layers[0]
         module: Any = self.modules[name]
@@ -717,18 +708,22 @@ class _Run:
         # [2, 6, C] sums for the fit and for the held-out images: 1, x, x², y, xy, y²
         sums = torch.zeros(2, 6, len(gain), dtype=torch.float64, device=self.device)
         rows = 0
-        for index, (data, _) in enumerate(records):
+        for index, (data, t, held) in enumerate(records):
+            if data.target.shape != data.maps[0].shape:
+                return [LayerRepair(name, "skipped", remark="its channels in the dense network are not known")]
             x = F.group_norm(data.maps[0], module.num_groups, None, None, module.eps)
             y = data.target
-            held = torch.zeros(len(x), dtype=torch.bool, device=self.device)
-            held[_held_index(len(x), self.device)] = True
+            judge = torch.zeros(len(x), dtype=torch.bool, device=self.device)
+            judge[held.to(self.device)] = True
             terms = (torch.ones_like(x), x, x.square(), y, x * y, y.square())
             # [6, N, C]
             each = torch.stack([v.flatten(2).sum(2, dtype=torch.float64) for v in terms])
-            sums[0] += each[:, ~held].sum(1)
-            sums[1] += each[:, held].sum(1)
-            rows += int((~held).sum()) * data.positions
-            if index == 0 and _norm_error(sums[0], gain, bias) <= _EXACT[self.dtype]:
+            if self.options.timestep_weight is not None:
+                each = each * self.options.timestep_weight(t.cpu()).to(each)[:, None]
+            sums[0] += each[:, ~judge].sum(1)
+            sums[1] += each[:, judge].sum(1)
+            rows += (len(x) - len(held)) * data.positions
+            if index == 0 and _norm_error(sums[0], gain, bias) <= _EXACT[self.options.dtype]:
                 return [LayerRepair(name, "exact", 0.0, 0.0, rows=rows, unknowns=1)]
         if not bool(torch.isfinite(sums).all()):
             raise RuntimeError(f"non-finite values in the input or output of layer {name}: the repair cannot continue")
@@ -795,7 +790,7 @@ class _Run:
 
 
 @torch.no_grad()
-def _mean_output(module: nn.Module, mean: Tensor) -> Tensor:
+def _mean_output(module: Any, mean: Tensor) -> Tensor:
     """Output [C_out] of a layer whose input channels are constant at `mean` [C_in], away from borders."""
     weight = module.weight.double()
     out = (weight if weight.dim() == 2 else weight.sum((2, 3))) @ mean
@@ -816,8 +811,9 @@ def _working_copy(model: nn.Module, device: torch.device) -> nn.Module:
     return nn.Module.to(copied, device=device, dtype=torch.float32)
 
 
-def _held_index(n: int, device: torch.device) -> Tensor:
-    return torch.arange(HELD_OUT - 1, n, HELD_OUT, device=device)
+def _held_index(before: int, n: int) -> Tensor:
+    """Samples of a batch of n that are held out, when `before` images came before it."""
+    return torch.arange(-(before + 1) % HELD_OUT, n, HELD_OUT)
 
 
 def _progress(stages: list[_Stage], show: bool) -> Iterable[_Stage]:
