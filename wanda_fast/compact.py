@@ -74,6 +74,23 @@ def layer_keep(slots: SlotMap, keep: Mapping[str, Tensor]) -> dict[str, Keep]:
     return found
 
 
+def plan_keep(slots: SlotMap, plan: PruningPlan) -> dict[str, Keep]:
+    """`layer_keep` of a plan, with the input of the timestep MLPs where the sinusoidal embedding became narrower.
+
+    The frequencies that stay are the first ones, in its sine half and in its cosine half alike.
+    """
+    found = layer_keep(slots, plan.keep)
+    if plan.config is None or plan.config.get("time_embedding_type", "positional") != "positional":
+        return found
+    old, new = (int(c["block_out_channels"][0]) // 2 for c in (plan.dense_config, plan.config))
+    if old != new:
+        halves = torch.cat([torch.arange(new), old + torch.arange(new)])
+        for layer in ("time_embedding.linear_1", "class_embedding.linear_1"):
+            if layer in found:
+                found[layer] = (found[layer][0], halves)
+    return found
+
+
 def gather_state(unet: UNet2DModel, slots: SlotMap, plan: PruningPlan, *, backend: str | None = None) -> dict[str, Tensor]:
     """State dict of the compacted network: kept rows and columns of every tensor, gathered by one `ops.compact` call.
 

@@ -572,7 +572,7 @@ class _Run:
             self.repair_report = repair(
                 twin,
                 self.pruned,
-                compaction.layer_keep(self.slots, self.plan.keep),
+                compaction.plan_keep(self.slots, self.plan),
                 batches,
                 method=o.repair,
                 seed=o.seed,
