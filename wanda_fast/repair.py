@@ -478,7 +478,7 @@ class _Run:
         pruned.advance(stage.wanted)
         got = {event: pruned.take(event) for event in stage.wanted}
         modules = [self.modules[name] for name in stage.layers]
-        maps = [_as_map(got[event], m) for event, m in zip(stage.inputs, modules, strict=True)]
+        maps = [_as_map(got[event], m) for event, m in zip(stage.inputs, modules)]
         outs = [dense.take(event) for event in stage.targets]
         if stage.kind == "norm":
             keep = self.keep.get(self.reader.get(stage.layers[0], ""), (None, None))[1]
