@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
-from networks import random_unet
+from networks import PLAIN, random_unet
 from torch import Tensor, nn
 
 import wanda_fast
@@ -20,10 +20,12 @@ from wanda_fast.errors import UserError
 from wanda_fast.sampling import make_stepper, predict
 from wanda_fast.stats import TIME_STRATEGIES, ActivationStats
 
+TINY = {**PLAIN, "sample_size": 8, "block_out_channels": (16, 32, 32), "norm_num_groups": 4}
+
 
 @pytest.fixture(scope="module")
 def unet() -> nn.Module:
-    return random_unet("plain")
+    return random_unet(TINY)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def scheduler() -> DDPMScheduler:
 
 @pytest.fixture(scope="module")
 def images() -> Tensor:
-    return torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(0, 256, (5, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +70,8 @@ def inputs_by_unfold(unet: nn.Module, batches: list[Batch]) -> dict[str, Tensor]
 def test_tables_hold_the_energy_of_every_layers_input(config: str, scheduler: DDPMScheduler) -> None:
     unet = random_unet(config)
     images = torch.randint(0, 256, (3, 16, 16, unet.config["in_channels"]), dtype=torch.uint8)
-    stats = calibrate(unet, scheduler, images, n=7, batch_size=3)
-    expected = inputs_by_unfold(unet, list(noised_batches(unet, scheduler, images, n=7, batch_size=3)))
+    stats = calibrate(unet, scheduler, images, n=5, batch_size=3)
+    expected = inputs_by_unfold(unet, list(noised_batches(unet, scheduler, images, n=5, batch_size=3)))
     assert set(stats.tables) == set(collect_layers(unet)) == set(expected)
     for name, table in stats.tables.items():
         torch.testing.assert_close(
@@ -229,7 +231,7 @@ def test_autocast_stays_near_float32(unet: nn.Module, scheduler: DDPMScheduler, 
 
 @pytest.mark.parametrize("layer", ["mid_block.resnets.0.conv2", "conv_out"])
 def test_nan_stops_with_the_first_layer_it_enters(layer: str, scheduler: DDPMScheduler, images: Tensor) -> None:
-    unet = random_unet("plain")
+    unet = random_unet(TINY)
     unet.get_submodule(layer).register_forward_pre_hook(lambda m, args: (args[0] * float("nan"),))
     with pytest.raises(RuntimeError, match=f"enter layer {layer}") as caught:
         calibrate(unet, scheduler, images, n=2)
@@ -237,7 +239,7 @@ def test_nan_stops_with_the_first_layer_it_enters(layer: str, scheduler: DDPMSch
 
 
 def test_the_network_is_left_as_it_was(scheduler: DDPMScheduler, images: Tensor) -> None:
-    unet = random_unet("plain").train()
+    unet = random_unet(TINY).train()
     before = {n: (p.data_ptr(), p.stride(), p.clone()) for n, p in unet.named_parameters()}
     calibrate(unet, scheduler, images, n=2)
     assert unet.training
@@ -265,8 +267,8 @@ def test_bad_arguments(
 
 
 def test_images_must_fit(unet: nn.Module, scheduler: DDPMScheduler, images: Tensor) -> None:
-    with pytest.raises(UserError, match=r"the network needs \(3, 16, 16\)"):
-        calibrate(unet, scheduler, images[:, :8], n=2)
+    with pytest.raises(UserError, match=r"the network needs \(3, 8, 8\)"):
+        calibrate(unet, scheduler, images[:, :4], n=2)
     with pytest.raises(UserError, match="at least one image"):
         calibrate(unet, scheduler, images[:0], n=2)
     floats = images.permute(0, 3, 1, 2).float() / 127.5 - 1

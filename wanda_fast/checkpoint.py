@@ -226,13 +226,11 @@ def _find_parts(folder: Path) -> tuple[Path, Path | None, list[str]]:
         raise UserError(f"{folder}: the pipeline has no scheduler/scheduler_config.json.")
     for unet_dir in (folder, folder / "unet"):
         if (unet_dir / "config.json").is_file():
-            for candidate in (
-                folder / "scheduler" / "scheduler_config.json",
-                folder / "scheduler_config.json",
-                unet_dir.parent / "scheduler" / "scheduler_config.json",
-            ):
-                if candidate.is_file():
-                    return unet_dir, candidate, notes
+            homes = [folder, folder.resolve().parent] if folder.resolve().name == "unet" else [folder]
+            for home in homes:
+                for candidate in (home / "scheduler" / "scheduler_config.json", home / "scheduler_config.json"):
+                    if candidate.is_file():
+                        return unet_dir, candidate, notes
             notes.append(
                 "The folder has no scheduler: DDPMScheduler with its defaults (1000 steps, linear betas) is used."
             )
@@ -294,13 +292,15 @@ def _read_weights(files: list[Path]) -> dict[str, Tensor]:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """Floating-point type of the weights on disk in a folder that :func:`load_pipeline` has opened: that of most numbers."""
+    """Floating-point type of the weights on disk in a folder that :func:`load_pipeline` has opened: that of most
+    numbers.
+    """
     from safetensors import safe_open
 
     count: dict[torch.dtype, int] = {}
     for file in _weight_files(_find_parts(folder)[0]):
         with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 (no mapping)
+            for name in weights.keys():
                 tensor = weights.get_tensor(name)
                 if tensor.is_floating_point():
                     count[tensor.dtype] = count.get(tensor.dtype, 0) + tensor.numel()
@@ -526,7 +526,10 @@ def check_target(target: str | os.PathLike[str], overwrite: bool = False, *, nee
         place = place.parent
     try:
         # os.access says yes to root and on some network mounts where writing then fails, so write.
-        os.rmdir(tempfile.mkdtemp(prefix=".wanda_fast-probe-", dir=place))
+        # Named like an unfinished folder, so that one left by a kill is cleaned up like one.
+        probe = tempfile.mkdtemp(prefix=_prefix(path), suffix=".partial", dir=place)
+        with contextlib.suppress(FileNotFoundError):  # another run for this target may have just cleaned up
+            os.rmdir(probe)
     except OSError as error:
         raise UserError(f"{target}: cannot write into {place} ({error.strerror}).") from error
     free = shutil.disk_usage(place).free
