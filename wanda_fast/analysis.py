@@ -106,7 +106,7 @@ def _draw_distribution(
     if len(positive):
         low, high = positive.min(), positive.max() * 1.0001
         axes.hist(positive, bins=np.geomspace(low * 0.9999, high, 60).tolist(), color="#4477aa")
-    axes.set_xscale("log")
+        axes.set_xscale("log")
     whole = report["global"]
     axes.axvline(whole["mean"], color="black", linewidth=1.2, label=f"mean {whole['mean']:.3g}")
     for k, style in ((2, "--"), (3, ":")):
