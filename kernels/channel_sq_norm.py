@@ -34,13 +34,37 @@ CAPTURE_TICKETS = 1 << 20
 
 
 class Config(NamedTuple):
-    """Tile shape of one launch: BLOCK_C channels by BLOCK_S positions, SPLIT slices of SPLIT_LEN positions."""
+    """Tile shape of one launch: BLOCK_C channels by BLOCK_S positions, SPLIT slices of SPLIT_LEN positions, tiles in flight."""
 
     block_c: int
     block_s: int
     split: int
     split_len: int
     num_warps: int
+    stages: int = 1
+
+
+@triton.jit
+def _load_tile(
+    channel_ptr, first_s, stop, mask_c, W, stride_xh, stride_xs,
+    BLOCK_S: tl.constexpr, TWO_D: tl.constexpr, EVEN_C: tl.constexpr, EVEN_S: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_C, BLOCK_S] values in fp32, from position first_s on."""
+    offs_s = first_s + tl.arange(0, BLOCK_S)
+    if TWO_D:
+        position = (offs_s // W).to(tl.int64) * stride_xh + (offs_s % W).to(tl.int64) * stride_xs
+    else:
+        position = offs_s.to(tl.int64) * stride_xs
+    pointers = channel_ptr + position[None, :]
+    if EVEN_C and EVEN_S:
+        value = tl.load(pointers)
+    elif EVEN_C:
+        value = tl.load(pointers, mask=(offs_s < stop)[None, :], other=0.0)
+    elif EVEN_S:
+        value = tl.load(pointers, mask=mask_c[:, None], other=0.0)
+    else:
+        value = tl.load(pointers, mask=mask_c[:, None] & (offs_s < stop)[None, :], other=0.0)
+    return value.to(tl.float32)
 
 
 @triton.jit
@@ -72,6 +96,8 @@ def _channel_sq_norm_kernel(
     EVEN_C: tl.constexpr,
     EVEN_S: tl.constexpr,
     WITH_SUMS: tl.constexpr,
+    STAGES: tl.constexpr,
+    ONE_TILE: tl.constexpr,
 ):
     pid_c = tl.program_id(0)
     pid_s = tl.program_id(1)
@@ -88,38 +114,35 @@ def _channel_sq_norm_kernel(
     start = pid_s * SPLIT_LEN
     stop = tl.minimum(start + SPLIT_LEN, S)
 
-    acc = tl.zeros([BLOCK_C, BLOCK_S], dtype=tl.float32)
-    acc_sum = tl.zeros([BLOCK_C, BLOCK_S], dtype=tl.float32)
-    for first_s in range(start, stop, BLOCK_S):
-        offs_s = first_s + tl.arange(0, BLOCK_S)
-        if TWO_D:
-            position = (offs_s // W).to(tl.int64) * stride_xh + (offs_s % W).to(tl.int64) * stride_xs
-        else:
-            position = offs_s.to(tl.int64) * stride_xs
-        pointers = channel_ptr + position[None, :]
-        if EVEN_C and EVEN_S:
-            value = tl.load(pointers)
-        elif EVEN_C:
-            value = tl.load(pointers, mask=(offs_s < stop)[None, :], other=0.0)
-        elif EVEN_S:
-            value = tl.load(pointers, mask=mask_c[:, None], other=0.0)
-        else:
-            value = tl.load(pointers, mask=mask_c[:, None] & (offs_s < stop)[None, :], other=0.0)
-        value = value.to(tl.float32)
-        acc += value * value
-        if WITH_SUMS:
-            acc_sum += value
+    # The first tile is on its way before anything waits for `row`; the present value of `out` then arrives together with it.
+    value = _load_tile(
+        channel_ptr, start, stop, mask_c, W, stride_xh, stride_xs, BLOCK_S, TWO_D, EVEN_C, EVEN_S
+    )  # [BLOCK_C, BLOCK_S]
+    mask = mask_c & (row >= 0) & (row < R)
+    offset = row * stride_or + offs_c.to(tl.int64) * stride_oc
+    before = tl.load(out_ptr + offset, mask=mask, other=0.0)
+    if WITH_SUMS:
+        before_sum = tl.load(sums_ptr + offset, mask=mask, other=0.0)
+
+    acc = value * value
+    acc_sum = value
+    if not ONE_TILE:
+        for first_s in tl.range(start + BLOCK_S, stop, BLOCK_S, num_stages=STAGES):
+            value = _load_tile(
+                channel_ptr, first_s, stop, mask_c, W, stride_xh, stride_xs, BLOCK_S, TWO_D, EVEN_C, EVEN_S
+            )
+            acc += value * value
+            if WITH_SUMS:
+                acc_sum += value
     total = tl.sum(acc, axis=1)  # [BLOCK_C]
     total_sum = tl.sum(acc_sum, axis=1) if WITH_SUMS else total
 
     same = (all_rows == row) & (offs_n < N)
     count = tl.sum(same.to(tl.int32), axis=0) * SPLIT
-    mask = mask_c & (row >= 0) & (row < R)
-    offset = row * stride_or + offs_c.to(tl.int64) * stride_oc
     if count == 1:
-        tl.store(out_ptr + offset, tl.load(out_ptr + offset, mask=mask, other=0.0) + total, mask=mask)
+        tl.store(out_ptr + offset, before + total, mask=mask)
         if WITH_SUMS:
-            tl.store(sums_ptr + offset, tl.load(sums_ptr + offset, mask=mask, other=0.0) + total_sum, mask=mask)
+            tl.store(sums_ptr + offset, before_sum + total_sum, mask=mask)
     else:
         first = tl.min(tl.where(same, offs_n, BLOCK_N), axis=0)
         last = tl.max(tl.where(same, offs_n, -1), axis=0)
@@ -257,6 +280,8 @@ def _prepare(x: Tensor, rows: Tensor, out: Tensor, with_sums: bool, config: Conf
         "EVEN_C": C % config.block_c == 0,
         "EVEN_S": S % config.block_s == 0 and config.split_len % config.block_s == 0,
         "WITH_SUMS": with_sums,
+        "STAGES": config.stages,
+        "ONE_TILE": config.split_len <= config.block_s,
     }
     needs_partials = N * config.split > 1
     return _Launch(

@@ -108,6 +108,7 @@ def _finish_kernel(
     C_IN,
     I,
     K,
+    COLUMNS,
     ROW_PROGRAMS,
     ROW_PARTIALS,
     COL_PARTIALS,
@@ -131,7 +132,6 @@ def _finish_kernel(
         group = offs // I
         channel = offs % I
         acc = tl.zeros([BLOCK_P, BLOCK], dtype=tl.float32)
-        columns = (C_IN // I).to(tl.int64) * K
         for first in range(0, COL_PARTIALS * KK, BLOCK_P):
             offs_p = first + tl.arange(0, BLOCK_P)
             part = offs_p // KK
@@ -141,7 +141,7 @@ def _finish_kernel(
             else:
                 k = channel[None, :] * KK + tap[:, None]
             mask = (part < COL_PARTIALS)[:, None] & mask_c[None, :]
-            offsets = part[:, None].to(tl.int64) * columns + group[None, :].to(tl.int64) * K + k
+            offsets = part[:, None].to(tl.int64) * COLUMNS + group[None, :].to(tl.int64) * K + k
             acc += tl.load(col_partial_ptr + offsets, mask=mask, other=0.0)
         norm = tl.load(norm_ptr + offs, mask=mask_c, other=0.0).to(tl.float32)
         tl.store(col_ptr + offs, norm * tl.sum(acc, axis=0), mask=mask_c)
@@ -214,7 +214,7 @@ def _score(weight: Tensor, norm: Tensor, config: Config | None) -> tuple[Tensor,
     block = 32
     row_programs = _divide(c_out, block)
     _finish_kernel[(row_programs + _divide(norm.numel(), block),)](
-        row_partial, col_partial, norm, row, col, c_out, norm.numel(), per_group, K, row_programs, k_blocks, o_blocks,
+        row_partial, col_partial, norm, row, col, c_out, norm.numel(), per_group, K, groups * K, row_programs, k_blocks, o_blocks,
         KK=taps, CHANNELS_LAST=channels_last, BLOCK=block, BLOCK_P=32, num_warps=4,
     )  # fmt: skip
     return row, col

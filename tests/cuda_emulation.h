@@ -1,7 +1,7 @@
 // Just enough of CUDA to run a kernel's own source on the CPU, one thread after the other, for test_cuda_sources.py.
 //
 // A block is run twice where it meets __syncthreads_and: the first pass ends every thread there and collects the votes, the second continues with
-// the result. Kernels must not write before that barrier.
+// the result. Kernels may write shared memory before that barrier, the same values in both passes, and no global memory.
 
 #pragma once
 
@@ -11,6 +11,8 @@
 
 #define __global__
 #define __device__
+#define __host__
+#define __shared__ static
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)

@@ -29,7 +29,18 @@ using torch::stable::Tensor;
 constexpr int kThreads = 256;
 constexpr int kVectorBytes = 16;
 // Rows one thread copies. With 16 bytes per row a block moves 32 KiB, long enough to pay for its column map.
-constexpr int kRowsPerThread = 8;
+#ifndef WF_ROWS
+#define WF_ROWS 8
+#endif
+#ifndef WF_AHEAD
+#define WF_AHEAD 8
+#endif
+#ifndef WF_BLOCKS
+#define WF_BLOCKS 4
+#endif
+constexpr int kRowsPerThread = WF_ROWS;
+constexpr int kMaxRows = 512;  // of a block: their offsets are in shared memory
+constexpr int kRowsAhead = WF_AHEAD;
 
 // One tensor seen as [rows, outer, channels, inner] words: inner > 1 for contiguous convolution weights, outer > 1 for channels-last ones.
 struct Gather {
@@ -68,85 +79,104 @@ __device__ __forceinline__ void check_index(int64_t index, int64_t limit, const 
   }
 }
 
+__host__ __device__ __forceinline__ int32_t rows_per_block(int32_t width) {
+  const int32_t rows = kThreads / width * kRowsPerThread;
+  return rows < kMaxRows ? rows : kMaxRows;
+}
+
 template <class Word>
-__device__ __forceinline__ void copy_rows(const Gather& g, int32_t local) {
+__device__ __forceinline__ void copy_rows(const Gather& g, int32_t local, int32_t* column_map, int64_t* row_map) {
   constexpr int kWords = kVectorBytes / sizeof(Word);  // columns per thread
   const int32_t width = g.width;
-  const int32_t lane = threadIdx.x % width;
   const int32_t height = kThreads / width;
+  const int32_t lane = threadIdx.x % width;
+  const int32_t level = threadIdx.x / width;
   const int32_t first_column = local % g.column_blocks * width * kWords;
-  const int64_t first_row = static_cast<int64_t>(local / g.column_blocks) * height * kRowsPerThread;
-  const int64_t end_row = min(g.rows, first_row + height * kRowsPerThread);
+  const int64_t first_row = static_cast<int64_t>(local / g.column_blocks) * rows_per_block(width);
+  const int32_t rows = static_cast<int32_t>(min(g.rows - first_row, static_cast<int64_t>(rows_per_block(width))));
   const Word* const src = reinterpret_cast<const Word*>(g.src);
-  Word* const dst = reinterpret_cast<Word*>(g.dst);
+  Word* const dst = reinterpret_cast<Word*>(g.dst) + first_row * g.columns + first_column;
+  const int32_t columns = min(g.columns - first_column, width * kWords);
 
-  const auto source_column = [&](int32_t column) -> int32_t {
-    if (g.keep_in == nullptr) return column;
-    const int32_t k = column % g.inner;
-    const int32_t c = column / g.inner;
-    const int64_t channel = g.keep_in[c % g.out_channels];
-    check_index(channel, g.channels, "keep_in");
-    return (c / g.out_channels * g.channels + static_cast<int32_t>(channel)) * g.inner + k;  // a source row has fewer than 2^31 words
-  };
-  const auto source_row = [&](int64_t row) -> int64_t {
-    if (g.keep_out == nullptr) return row * g.row_stride;
-    const int64_t index = g.keep_out[row];
-    check_index(index, g.src_rows, "keep_out");
-    return index * g.row_stride;
-  };
-
-  if constexpr (kWords > 1) {
-    // Sixteen bytes at a time if that is legal for every thread of the block.
-    const int32_t column = first_column + lane * kWords;
-    int32_t offset = 0;
-    bool run = g.columns % kWords == 0 && g.row_stride % kWords == 0 && reinterpret_cast<uintptr_t>(g.src) % kVectorBytes == 0 &&
-               reinterpret_cast<uintptr_t>(g.dst) % kVectorBytes == 0;
-    if (run && column < g.columns) {
-      offset = source_column(column);
-      run = offset % kWords == 0;
-      for (int w = 1; run && w < kWords; ++w) run = source_column(column + w) == offset + w;
-    }
-    if (__syncthreads_and(run)) {
-      if (column >= g.columns) return;
-      for (int64_t row = first_row + threadIdx.x / width; row < end_row; row += 4 * height) {
-        uint4 value[4];
+  // Source offsets of the block's rows and columns, worked out once and kept in shared memory.
+  bool run = g.columns % kWords == 0 && g.row_stride % kWords == 0 && reinterpret_cast<uintptr_t>(g.src) % kVectorBytes == 0 &&
+             reinterpret_cast<uintptr_t>(g.dst) % kVectorBytes == 0;
+  if (static_cast<int32_t>(threadIdx.x) < width) {
+    int32_t mine[kWords];
 #pragma unroll
-        for (int a = 0; a < 4; ++a)
-          if (row + a * height < end_row) value[a] = __ldcs(reinterpret_cast<const uint4*>(src + source_row(row + a * height) + offset));
-#pragma unroll
-        for (int a = 0; a < 4; ++a)
-          if (row + a * height < end_row) __stcs(reinterpret_cast<uint4*>(dst + (row + a * height) * g.columns + column), value[a]);
+    for (int w = 0; w < kWords; ++w) {
+      const int32_t column = first_column + lane * kWords + w;
+      mine[w] = column;
+      if (g.keep_in != nullptr && column < g.columns) {
+        const int32_t c = column / g.inner;
+        const int32_t o = c / g.out_channels;
+        const int64_t channel = g.keep_in[c - o * g.out_channels];
+        check_index(channel, g.channels, "keep_in");
+        // A source row has fewer than 2^31 words.
+        mine[w] = (o * g.channels + static_cast<int32_t>(channel)) * g.inner + (column - c * g.inner);
       }
-      return;
     }
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      column_map[lane * kWords + w] = mine[w];
+      run = run && mine[w] == mine[0] + w;
+    }
+    run = run && mine[0] % kWords == 0;
+  }
+  for (int32_t r = threadIdx.x; r < rows; r += kThreads) {
+    int64_t index = first_row + r;
+    if (g.keep_out != nullptr) {
+      index = g.keep_out[index];
+      check_index(index, g.src_rows, "keep_out");
+    }
+    row_map[r] = index * g.row_stride;
   }
 
-  // Columns whose offsets one thread holds at once; bytes take two passes, so that the map stays in registers.
+  // Sixteen bytes at a time if that is legal for every thread of the block.
+  if (__syncthreads_and(run)) {
+    const int32_t column = lane * kWords;
+    if (column >= columns) return;
+    const Word* const from = src + column_map[column];
+    constexpr int kAhead = 4;
+    for (int32_t row = level; row < rows; row += kAhead * height) {
+      uint4 value[kAhead];
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a)
+        if (row + a * height < rows) value[a] = __ldcs(reinterpret_cast<const uint4*>(from + row_map[row + a * height]));
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a)
+        if (row + a * height < rows)
+          __stcs(reinterpret_cast<uint4*>(dst + static_cast<int64_t>(row + a * height) * g.columns + column), value[a]);
+    }
+    return;
+  }
+
+  // Columns of one thread at a time: bytes take two passes, so that their offsets stay in registers. At least eight loads are in flight.
   constexpr int kColumns = kWords < 8 ? kWords : 8;
-  constexpr int kAhead = kColumns == 1 ? 4 : kColumns == 8 ? 2 : 8 / kColumns;  // rows in flight: eight loads or 64 bytes per thread and more
+  constexpr int kAhead = kColumns < 4 ? 4 : 2 * kRowsAhead / kColumns;
   for (int pass = 0; pass < kWords; pass += kColumns) {
-    const int32_t start = first_column + lane + pass * width;
+    const int32_t start = lane + pass * width;
     int32_t offset[kColumns];
 #pragma unroll
-    for (int w = 0; w < kColumns; ++w) offset[w] = start + w * width < g.columns ? source_column(start + w * width) : -1;
-    for (int64_t row = first_row + threadIdx.x / width; row < end_row; row += kAhead * height) {
+    for (int w = 0; w < kColumns; ++w) offset[w] = start + w * width < columns ? column_map[start + w * width] : -1;
+    for (int32_t row = level; row < rows; row += kAhead * height) {
       Word value[kAhead][kColumns];
 #pragma unroll
       for (int a = 0; a < kAhead; ++a) {
-        if (row + a * height < end_row) {
-          const Word* const p = src + source_row(row + a * height);
+        if (row + a * height < rows) {
+          const Word* const from = src + row_map[row + a * height];
 #pragma unroll
           for (int w = 0; w < kColumns; ++w)
-            if (offset[w] >= 0) value[a][w] = p[offset[w]];
+            if (offset[w] >= 0) value[a][w] = from[offset[w]];
         }
       }
 #pragma unroll
       for (int a = 0; a < kAhead; ++a) {
-        if (row + a * height < end_row) {
-          Word* const p = dst + (row + a * height) * g.columns + start;
+        if (row + a * height < rows) {
+          Word* const to = dst + static_cast<int64_t>(row + a * height) * g.columns + start;
 #pragma unroll
           for (int w = 0; w < kColumns; ++w)
-            if (offset[w] >= 0) p[w * width] = value[a][w];
+            if (offset[w] >= 0) to[w * width] = value[a][w];
         }
       }
     }
@@ -154,7 +184,7 @@ __device__ __forceinline__ void copy_rows(const Gather& g, int32_t local) {
 }
 
 template <int kCapacity>
-__global__ void __launch_bounds__(kThreads, 3) compact_kernel(const __grid_constant__ Table<kCapacity> table) {
+__global__ void __launch_bounds__(kThreads, WF_BLOCKS) compact_kernel(const __grid_constant__ Table<kCapacity> table) {
   const int32_t block = static_cast<int32_t>(blockIdx.x);
   int low = 0, high = table.count - 1;  // the last descriptor whose first block is not after this one
   while (low < high) {
@@ -165,14 +195,16 @@ __global__ void __launch_bounds__(kThreads, 3) compact_kernel(const __grid_const
       high = middle - 1;
     }
   }
+  __shared__ int32_t column_map[kThreads * kVectorBytes];
+  __shared__ int64_t row_map[kMaxRows];
   const Gather& g = table.gather[low];
   const int32_t local = block - g.first_block;
   switch (g.word) {
-    case 1: copy_rows<uint8_t>(g, local); break;
-    case 2: copy_rows<uint16_t>(g, local); break;
-    case 4: copy_rows<uint32_t>(g, local); break;
-    case 8: copy_rows<uint64_t>(g, local); break;
-    default: copy_rows<uint4>(g, local); break;
+    case 1: copy_rows<uint8_t>(g, local, column_map, row_map); break;
+    case 2: copy_rows<uint16_t>(g, local, column_map, row_map); break;
+    case 4: copy_rows<uint32_t>(g, local, column_map, row_map); break;
+    case 8: copy_rows<uint64_t>(g, local, column_map, row_map); break;
+    default: copy_rows<uint4>(g, local, column_map, row_map); break;
   }
 }
 
@@ -200,6 +232,67 @@ bool rows_dense(const Tensor& t, bool channels_last) {
   return channels_last || (t.dim() == 1 ? fits(0) : fits(1));
 }
 
+// One C call; the dispatcher would cost more than the copy of a small tensor.
+Tensor empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t device) {
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cuda(), device, &handle));
+  return Tensor(handle);
+}
+
+// Shape and place of one result.
+struct Result {
+  int64_t dim, sizes[8], strides[8];
+  int64_t bytes, element_size;
+  int32_t dtype;
+  int64_t job;  // its descriptor, -1 when there is nothing to copy
+};
+
+constexpr int64_t kSmallBytes = 4 << 20;
+constexpr int64_t kAlign = 512;
+
+int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+// An allocation takes the host microseconds, more than the copy of a small tensor, so the small results of one dtype share one: they do not overlap
+// and are no views of each other, and the memory is freed when the last of them is.
+std::vector<Tensor> allocate(const std::vector<Result>& results, int32_t device) {
+  struct Block {
+    int32_t dtype;
+    int64_t tensors, bytes, used;
+    std::optional<Tensor> memory;
+  };
+  std::vector<Block> blocks;
+  const auto block_of = [&](const Result& r) -> Block& {
+    for (Block& b : blocks)
+      if (b.dtype == r.dtype) return b;
+    return blocks.emplace_back(Block{r.dtype, 0, 0, 0, std::nullopt});
+  };
+  const auto small = [](const Result& r) { return r.bytes > 0 && r.bytes <= kSmallBytes; };
+  for (const Result& r : results) {
+    if (!small(r)) continue;
+    Block& b = block_of(r);
+    ++b.tensors;
+    b.bytes += aligned(r.bytes);
+  }
+  std::vector<Tensor> tensors;
+  tensors.reserve(results.size());
+  for (const Result& r : results) {
+    if (!small(r) || block_of(r).tensors == 1) {
+      tensors.push_back(empty_strided(r.dim, r.sizes, r.strides, r.dtype, device));
+      continue;
+    }
+    Block& b = block_of(r);
+    if (!b.memory) {
+      const int64_t size = b.bytes / r.element_size, stride = 1;
+      b.memory = empty_strided(1, &size, &stride, r.dtype, device);
+    }
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(b.memory->get(), r.dim, r.sizes, r.strides, b.used / r.element_size, &handle));
+    tensors.emplace_back(handle);
+    b.used += aligned(r.bytes);
+  }
+  return tensors;
+}
+
 size_t table_capacity() {
   static const size_t capacity = [] {
     int driver = 0;
@@ -214,17 +307,16 @@ std::vector<Tensor> compact(std::vector<Tensor> tensors, std::vector<std::option
   const size_t count = tensors.size();
   STD_TORCH_CHECK(keep_out.size() == count && keep_in.size() == count, "keep_out and keep_in: must have one entry per tensor, ",
                   count, "; they have ", keep_out.size(), " and ", keep_in.size());
-  std::vector<Tensor> results;
-  if (count == 0) return results;
+  if (count == 0) return {};
   const int32_t device = tensors[0].get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
 
   std::vector<Tensor> alive;  // dense copies; freed in stream order, after the gather
+  std::vector<Result> results(count);
   std::vector<Gather> jobs;
   std::vector<int64_t> blocks_of;
-  results.reserve(count);
   jobs.reserve(count);
   blocks_of.reserve(count);
   const auto index_of = [&](std::optional<Tensor>& keep, int64_t limit, const char* name, size_t i, int64_t& length) -> const int64_t* {
@@ -254,7 +346,9 @@ std::vector<Tensor> compact(std::vector<Tensor> tensors, std::vector<std::option
         alive.push_back(t);
       }
     }
-    int64_t sizes[8], strides[8];
+    Result& result = results[i];
+    int64_t* const sizes = result.sizes;
+    int64_t* const strides = result.strides;
     for (int64_t d = 0; d < dim; ++d) sizes[d] = t.size(d);
     const int64_t src_rows = sizes[0];
     const int64_t channels = dim >= 2 ? sizes[1] : 1;
@@ -269,21 +363,21 @@ std::vector<Tensor> compact(std::vector<Tensor> tensors, std::vector<std::option
       stride *= std::max<int64_t>(sizes[d], 1);
     }
     if (channels_last) strides[0] = stride;
-    int32_t dtype = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-    AtenTensorHandle handle = nullptr;  // one C call; the dispatcher would cost more than the copy of a small tensor
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cuda(), device, &handle));
-    results.emplace_back(handle);
-    const int64_t out_channels = dim >= 2 ? sizes[1] : 1;
-    if (sizes[0] == 0 || out_channels == 0 || inner == 0) continue;
-
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &result.dtype));
     const int64_t size = static_cast<int64_t>(t.element_size());
+    result.dim = dim;
+    result.element_size = size;
+    result.job = -1;
+    const int64_t out_channels = dim >= 2 ? sizes[1] : 1;
+    result.bytes = sizes[0] * out_channels * inner * size;
+    if (result.bytes == 0) continue;
+    result.job = static_cast<int64_t>(jobs.size());
+
     Gather g{};
     g.src = static_cast<const char*>(t.const_data_ptr());
-    g.dst = static_cast<char*>(results.back().mutable_data_ptr());
     int64_t unit;  // bytes that stay together; the words that are copied may be as wide as it allows
     int64_t columns, row_stride;
-    if (dim == 1 || (channels * inner == 1 && t.stride(0) == 1)) {
+    if (dim == 1 || (channels * inner == 1 && channels_kept == nullptr && t.stride(0) == 1)) {
       // A vector is one row, its entries the channels.
       g.keep_in = rows_kept;
       g.rows = g.src_rows = 1;
@@ -308,9 +402,8 @@ std::vector<Tensor> compact(std::vector<Tensor> tensors, std::vector<std::option
     }
     STD_TORCH_CHECK(channels * inner <= std::numeric_limits<int32_t>::max(), "tensors[", i, "]: rows are limited to 2^31 - 1 elements");
     int64_t word = size;
-    const uint64_t aligned = static_cast<uint64_t>(unit) | static_cast<uint64_t>(row_stride * size) | reinterpret_cast<uintptr_t>(g.src) |
-                             reinterpret_cast<uintptr_t>(g.dst);
-    while (word < kVectorBytes && aligned % (2 * word) == 0) word *= 2;
+    const uint64_t common = static_cast<uint64_t>(unit) | static_cast<uint64_t>(row_stride * size) | reinterpret_cast<uintptr_t>(g.src);  // results start at multiples of 512 bytes
+    while (word < kVectorBytes && common % (2 * word) == 0) word *= 2;
     STD_TORCH_CHECK(word == 1 || word == 2 || word == 4 || word == 8 || word == 16, "tensors[", i, "]: elements of ", size, " bytes");
     g.word = static_cast<int16_t>(word);
     g.inner = static_cast<int32_t>(std::max<int64_t>(1, g.inner * size / word));
@@ -321,9 +414,13 @@ std::vector<Tensor> compact(std::vector<Tensor> tensors, std::vector<std::option
     while (width < kThreads && width * per_thread < g.columns) width *= 2;
     g.width = static_cast<int16_t>(width);
     g.column_blocks = static_cast<int32_t>(ceil_div(g.columns, width * per_thread));
-    blocks_of.push_back(g.column_blocks * ceil_div(g.rows, static_cast<int64_t>(kThreads / width) * kRowsPerThread));
+    blocks_of.push_back(g.column_blocks * ceil_div(g.rows, rows_per_block(width)));
     jobs.push_back(g);
   }
+
+  std::vector<Tensor> tensors_out = allocate(results, device);
+  for (size_t i = 0; i < count; ++i)
+    if (results[i].job >= 0) jobs[results[i].job].dst = static_cast<char*>(tensors_out[i].mutable_data_ptr());
 
   constexpr int64_t kMaxBlocks = std::numeric_limits<int32_t>::max();
   for (size_t begin = 0; begin < jobs.size();) {
@@ -345,7 +442,7 @@ std::vector<Tensor> compact(std::vector<Tensor> tensors, std::vector<std::option
     }
     begin = end;
   }
-  return results;
+  return tensors_out;
 }
 
 }  // namespace
