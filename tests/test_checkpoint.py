@@ -232,6 +232,36 @@ def test_stock_diffusers_opens_the_folder_without_this_project(saved: Path, tmp_
     assert done.returncode == 0 and done.stdout.strip() == "alone", done.stderr
 
 
+def test_the_free_layout_opens_here_and_names_itself_to_stock_diffusers(tmp_path: Path) -> None:
+    from diffusers import DDPMPipeline, UNet2DModel
+
+    from wanda_fast.compact import compact, cost_model
+    from wanda_fast.plan import Target, build_plan, free_problem, uniform_widths
+    from wanda_fast.slots import find_slots
+
+    unet = random_unet(PLAIN)
+    slots = find_slots(unet)
+    widths = uniform_widths(free_problem(slots, cost_model(unet, slots), "balanced", 4, 4), Target(ratio=0.25))
+    scores = {n: torch.rand(s.width) for n, s in slots.slots.items()}
+    pruned = compact(unet, build_plan(slots, widths, scores, unet.config, layout="free", norm_policy="balanced"))
+    assert save_folder(tmp_path, pruned, DDPMScheduler()) == "free"
+    loaded, pipe = load_pipeline(tmp_path), load_pruned(tmp_path)
+    assert loaded.layout == "free" and list(loaded.config["block_out_channels"]) == list(PLAIN["block_out_channels"])
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
+    with torch.no_grad():
+        torch.testing.assert_close(pipe.unet(x, t).sample, pruned(x, t).sample)
+    for n, tensor in pruned.state_dict().items():
+        assert torch.equal(tensor, loaded.unet.state_dict()[n]), n
+    for opener in (UNet2DModel, DDPMPipeline):
+        script = f"from diffusers import {opener.__name__} as O; import sys; O.from_pretrained(sys.argv[1])"
+        done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=tmp_path, capture_output=True,
+        text=True,
+                              timeout=250)  # fmt: skip
+        assert done.returncode != 0
+        if opener is DDPMPipeline:
+            assert "wanda_fast" in done.stderr.splitlines()[-1]
+
+
 def test_saved_dtype_and_a_config_that_lies(tmp_path: Path) -> None:
     unet = random_unet(TINY)
     save_folder(tmp_path, unet, DDPMScheduler(), dtype=torch.float16)

@@ -23,7 +23,6 @@ import ctypes
 import errno
 import json
 import logging
-import math
 import os
 import re
 import shutil
@@ -716,16 +715,3 @@ def _is_disk_error(error: BaseException) -> bool:
 
 def _os_reason(error: BaseException) -> str:
     return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-
-
-def folder_bytes(folder: str | os.PathLike[str]) -> int:
-    """Bytes of all files below a folder."""
-    return sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
-
-
-def human_bytes(count: int) -> str:
-    """1234567 → "1.2 MB" (decimal units, as disks are sold)."""
-    if count < 1000:
-        return f"{count} B"
-    power = min(int(math.log(count, 1000)), 4)
-    return f"{count / 1000**power:.1f} {['B', 'kB', 'MB', 'GB', 'TB'][power]}"

@@ -312,7 +312,7 @@ class ActivationStats:
                 if metadata.get("format") != FORMAT:
                     raise UserError(f"{path}: holds no activation statistics ({FORMAT}).")
                 header = json.loads(metadata["header"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, the handle is no dict
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
             aliases = header["aliases"]
             return cls(
                 tables={n: tensors[f"sq/{aliases.get(n, n)}"] for n in header["layers"]},
