@@ -341,7 +341,9 @@ class _Run:
                 if unet is None or getattr(model, "scheduler", None) is None:
                     raise UserError(f"{type(model).__name__} is not a pipeline with a unet and a scheduler")
                 self.saved_dtype = next(unet.parameters()).dtype
-                self.unet = copy.deepcopy(unet).to(device=self.device, dtype=torch.float32).eval().requires_grad_(False)
+                # nn.Module.to, here and below: the override of diffusers warns about a choice that is not made here
+                self.unet = nn.Module.to(copy.deepcopy(unet), device=self.device, dtype=torch.float32)
+                self.unet.eval().requires_grad_(False)
                 self.scheduler, self.name, self.bundled = model.scheduler, "model", False
                 self.source, self.hub_id = "memory", None
             if "pruning" in self.unet.config:
@@ -694,7 +696,7 @@ class _Run:
 
         from . import analysis, checkpoint, model_card, sampling
 
-        nn.Module.to(self.pruned, self.saved_dtype)  # the override of diffusers warns about a choice that is not made here
+        nn.Module.to(self.pruned, self.saved_dtype)
         pruned = self.pruned
         pipeline = DDPMPipeline(unet=pruned, scheduler=copy.deepcopy(self.scheduler))
         result = PruneResult(pipeline, self.plan, self.stats, {}, None, self.repair_report)
