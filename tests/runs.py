@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
+import torch
 
 from wanda_fast.cli import main
 
@@ -19,9 +23,18 @@ TINY: dict[str, Any] = {
     "num_inference_steps": 3,
     "repair": "none",
     "repair_images": 16,
-    "batch_size": 8,
+    "batch_size": 4,
 }
 FAST: dict[str, Any] = {**TINY, "pruner": "magnitude", "num_samples": 0}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """For modules that import it: passes this small gain nothing from threads, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def flags(options: dict[str, Any]) -> list[str]:
@@ -42,7 +55,7 @@ def script(code: str, *words: Any, env: dict[str, str] | None = None, cwd: Path 
         text=True,
         timeout=240,
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **(env or {})},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **(env or {})},
     )
 
 

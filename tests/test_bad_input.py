@@ -15,6 +15,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from networks import random_unet
 from PIL import Image
 from runs import FAST, TINY, cli, flags, script, tree
+from runs import one_thread as one_thread
 from safetensors.torch import load_file, save_file
 
 import wanda_fast

@@ -12,6 +12,7 @@ import sys
 
 import pytest
 from runs import FAST, ROOT, cli, flags, script, tree
+from runs import one_thread as one_thread
 
 from wanda_fast import importance, ops, plan, pruning, stats
 from wanda_fast.cli import COMMANDS, main, overview

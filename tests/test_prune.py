@@ -15,6 +15,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 from runs import FAST, ROOT, TINY, tree
+from runs import one_thread as one_thread
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -41,8 +42,7 @@ FILES = [  # the list under "Formats", with an analysis
 def made(tmp_path_factory: pytest.TempPathFactory) -> pruning.PruneResult:
     """A pruned folder. 96 calibration images: enough that a bin of timesteps holds several samples."""
     folder = tmp_path_factory.mktemp("prune") / "out"
-    options = {**TINY, "calib_steps": 96, "repair": "bias"}
-    return wanda_fast.prune(save_path=folder, analyse=True, ratio=0.3, **options)
+    return wanda_fast.prune(save_path=folder, analyse=True, ratio=0.3, **{**TINY, "calib_steps": 96})
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,14 @@ def stats_file(made: pruning.PruneResult) -> str:
 def bundled() -> DDPMPipeline:
     loaded = checkpoint.load_pipeline(None)
     return DDPMPipeline(unet=loaded.unet, scheduler=loaded.scheduler)
+
+
+@pytest.fixture(scope="module")
+def small() -> DDPMPipeline:
+    """A network so small that whole runs are cheap."""
+    from networks import random_unet
+
+    return DDPMPipeline(unet=random_unet("plain"), scheduler=DDPMScheduler())
 
 
 def folder_of(result: pruning.PruneResult) -> Path:
@@ -98,7 +106,7 @@ def test_pruning_json(made):
     assert 0 < quality["ssim"] < 1 and quality["psnr"] > 0 and quality["noise_mse"] > 0
     assert quality["file_bytes"]["pruned"] == (folder_of(made) / checkpoint.WEIGHTS).stat().st_size
     assert all(quality["forward_seconds"][which] > 0 for which in ("dense", "pruned"))
-    assert {"load", "calibrate", "plan", "compact", "repair", "sample", "measure"} <= set(report["seconds"])
+    assert {"load", "calibrate", "plan", "compact", "sample", "measure"} <= set(report["seconds"])
 
 
 def test_the_sizes_agree_with_a_count(made, bundled):
@@ -190,14 +198,21 @@ def test_model_card_of_a_hub_model_names_its_base(made):
 
 
 def test_replaying_a_plan_gives_the_same_weights(made):
-    options = {**TINY, "repair": "bias", "num_samples": 0}
+    options = {**TINY, "calib_steps": 96, "num_samples": 0}  # the settings of `made`
     again = wanda_fast.prune(plan=str(folder_of(made) / "pruning.json"), **options)
     assert kept(again) == kept(made) and again.stats is None
     assert same(weights(again), weights(made))
 
 
-def test_the_same_seed_gives_the_same_result():
-    one, other = (wanda_fast.prune(**{**TINY, "num_samples": 1}) for _ in range(2))
+def test_a_replayed_plan_is_repaired_alike(small, tmp_path):
+    options = {**TINY, "repair": "lstsq", "num_samples": 0}
+    first = wanda_fast.prune(small, save_path=tmp_path / "out", **options)
+    again = wanda_fast.prune(small, plan=str(tmp_path / "out" / "pruning.json"), **options)
+    assert first.report["repair"]["layers"] and same(weights(again), weights(first))
+
+
+def test_the_same_seed_gives_the_same_result(small):
+    one, other = (wanda_fast.prune(small, **{**TINY, "repair": "lstsq"}) for _ in range(2))
     assert kept(one) == kept(other) and same(weights(one), weights(other))
     assert one.report["quality"]["ssim"] == other.report["quality"]["ssim"]
 
@@ -245,8 +260,8 @@ def test_target_steps_bound_the_calibration():
     assert 300 <= int(result.stats.timesteps.min()) and int(result.stats.timesteps.max()) < 400
 
 
-def test_trajectory_mode():
-    result = wanda_fast.prune(timesteps="trajectory", **{**TINY, "repair": "bias", "num_samples": 0})
+def test_trajectory_mode(small):
+    result = wanda_fast.prune(small, timesteps="trajectory", **{**TINY, "repair": "bias", "num_samples": 0})
     assert result.stats is not None
     assert result.stats.info["mode"] == "trajectory" and len(result.stats.timesteps) == 16
     assert result.report["repair"]["images"] == 16
@@ -254,7 +269,7 @@ def test_trajectory_mode():
 
 OPTIONS = [
     {"pruner": "magnitude"}, {"pruner": "random"}, {"combine": "producers"}, {"combine": "consumers"},
-    {"norm_policy": "free"}, {"norm_policy": "groups"}, {"layout": "free"}, {"align": 16}, {"min_width": 56},
+    {"norm_policy": "free"}, {"norm_policy": "groups"}, {"layout": "free"}, {"align": 32}, {"min_width": 56},
     {"ratio": 0.5}, {"target_macs": "50%"}, {"target_params": "2M"},
 ]  # fmt: skip
 
@@ -266,20 +281,23 @@ def test_every_option_changes_the_plan(made, stats_file, option):
     assert result.report["pruned"]["params"] < result.report["dense"]["params"]
 
 
-@pytest.mark.parametrize("method", ["lstsq", "bias"])
-def test_repair_lowers_the_error_of_the_predicted_noise(made, method):
-    plan = str(folder_of(made) / "pruning.json")
-    options = {**TINY, "plan": plan, "num_samples": 0, "repair_images": 48}
-    plain = wanda_fast.prune(**options)
-    repaired = wanda_fast.prune(**{**options, "repair": method})
-    assert repaired.report["quality"]["noise_mse"] < 0.8 * plain.report["quality"]["noise_mse"]
-    assert repaired.repair.method == method and plain.repair is None
+def test_least_squares_repair_lowers_the_error_of_the_predicted_noise(made):
+    options = {**TINY, "calib_steps": 96, "plan": str(folder_of(made) / "pruning.json"), "num_samples": 0}
+    repaired = wanda_fast.prune(**{**options, "repair": "lstsq", "repair_images": 32})
+    assert repaired.report["quality"]["noise_mse"] < 0.5 * made.report["quality"]["noise_mse"]
+    assert repaired.repair.method == "lstsq" and made.repair is None
+
+
+def test_bias_repair_moves_biases_alone(small):
+    plain, repaired = (wanda_fast.prune(small, **{**TINY, "num_samples": 0, "repair": method}) for method in ("none", "bias"))
+    changed = {n for n, t in weights(plain).items() if not torch.equal(t, weights(repaired)[n])}
+    assert changed and all(name.endswith(".bias") for name in changed)
 
 
 # --------------------------------------------------------------------------------------------------------------- targets
 
 
-@pytest.mark.parametrize(("asked", "least"), [("56%", 0.8), ("40%", 0.7), ("600M", 0.8), (0.9e9, 0.8)])
+@pytest.mark.parametrize(("asked", "least"), [("57%", 0.9), ("30%", 0.8), ("600M", 0.9), (0.6e9, 0.9)])
 def test_a_macs_target_is_kept(asked, least):
     result = wanda_fast.prune(dry_run=True, target_macs=asked, **FAST)
     target = result.report["asked"]["target_macs"]
@@ -308,10 +326,10 @@ def test_a_budget_that_cannot_be_met_is_refused():
 # ---------------------------------------------------------------------------------------------------------- free layout
 
 
-def test_free_layout_opens_with_load_pruned(tmp_path):
-    result = wanda_fast.prune(save_path=tmp_path / "free", layout="free", target_macs="60%", **{**TINY, "num_samples": 0})
+def test_free_layout_opens_with_load_pruned(small, tmp_path):
+    result = wanda_fast.prune(small, save_path=tmp_path / "free", layout="free", target_macs="60%", **{**TINY, "num_samples": 0})
     pipeline = wanda_fast.load_pruned(tmp_path / "free")
-    assert same({n: t.half() for n, t in pipeline.unet.state_dict().items()}, weights(result))
+    assert same(pipeline.unet.state_dict(), weights(result))
     assert len(pipeline(num_inference_steps=2, output_type="np").images) == 1
     sizes = result.report["slots"].values()
     assert len({round(s["kept"] / s["dense"], 3) for s in sizes}) > 1  # its point: widths that differ
@@ -320,13 +338,13 @@ def test_free_layout_opens_with_load_pruned(tmp_path):
 # ------------------------------------------------------------------------------------------------------------- in memory
 
 
-def test_pruning_in_memory_leaves_the_pipeline_as_it_was(bundled):
-    before = {n: t.clone() for n, t in bundled.unet.state_dict().items()}
-    result = wanda_fast.prune(bundled, pruner="wanda-diff", dataset="self", **{**TINY, "calib_steps": 4, "num_samples": 1})
-    assert result.path is None and result.pipeline is not bundled
-    assert same(before, bundled.unet.state_dict())
+def test_pruning_in_memory_leaves_the_pipeline_as_it_was(small):
+    before = {n: t.clone() for n, t in small.unet.state_dict().items()}
+    result = wanda_fast.prune(small, **TINY)
+    assert result.path is None and result.pipeline is not small
+    assert same(before, small.unet.state_dict())
     assert {p.dtype for p in result.pipeline.unet.parameters()} == {torch.float32}
-    assert result.pipeline(num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 3)
+    assert result.pipeline(num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
 
 
 def test_a_small_random_network_from_a_folder(tmp_path):

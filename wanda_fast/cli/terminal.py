@@ -65,7 +65,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     width = len(head)
     cells = [list(head), *([*row, *[""] * (width - len(row))] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(width)]
-    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in cells]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]) for row in cells
+    ]
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join(line.rstrip() for line in lines)
 
