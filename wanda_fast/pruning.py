@@ -87,10 +87,10 @@ class PruneOptions:
     target_params: str | float | None = None
     pruner: str = "wanda-diff"
     layout: str = "stock"
-    norm_policy: str = "balanced"
-    split: str = "uniform"
+    norm_policy: str = "free"
+    split: str = "sensitivity"
     combine: str = "both"
-    align: int = 8
+    align: int = 16
     min_width: int = 8
     dataset: str = "self"
     data_dir: str | None = None
@@ -541,7 +541,7 @@ class _Run:
     ) -> dict[str, list[float]]:
         """Estimated relative squared error of the predicted noise for every unit and width, see `sensitivity`."""
         from .plan import choose_channels
-        from .sensitivity import damage_table
+        from .sensitivity import damage_table, image_weight
 
         o = self.options
         batches = self.batches(SENSITIVITY_IMAGES[self.device.type != "cpu"], seed_offset=101)
@@ -551,6 +551,7 @@ class _Run:
             problem,
             lambda widths: choose_channels(slots, widths, scores, o.norm_policy, o.layout),
             batches(),
+            weight=image_weight(self.scheduler.alphas_cumprod),
             seed=o.seed,
         )
         self.split_report = {unit: [float(f"{d:.3g}") for d in values] for unit, values in table.items()}

@@ -16,7 +16,7 @@ Source: conditional covariance as in Optimal Brain Surgeon, Hassibi and Stork 19
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,14 +42,40 @@ class LayerStudy:
     gain: Tensor
 
 
+def image_weight(alphas_cumprod: Tensor, gamma: float = 1.0) -> Callable[[Tensor], Tensor]:
+    """Weight of a noise error at timestep t for the sampled image: w(t) = min(1, γ · (1 - ᾱ_t) / ᾱ_t).
+
+    An error of the predicted noise moves the predicted image by √((1 - ᾱ)/ᾱ) times as much. At clean timesteps that is
+    next to nothing, so an error there must not count like one at the timesteps where the image is decided.
+
+    Args:
+        alphas_cumprod: [T] of the scheduler.
+        gamma: inverse noise-to-signal ratio at which the weight reaches 1.
+
+    Returns:
+        function t [N] int64 -> [N] float64.
+
+    Source: the clipping is that of min-SNR weighting, Hang et al. 2023, arXiv:2303.09556.
+    """
+    signal = alphas_cumprod.detach().double().cpu()
+    table = (gamma * (1 - signal) / signal.clamp_min(1e-12)).clamp_max(1.0)
+    return lambda t: table[t.long().cpu()]
+
+
 def study_layers(
-    unet: nn.Module, batches: Iterable[Any], layers: Iterable[str], *, seed: int = 0
+    unet: nn.Module,
+    batches: Iterable[Any],
+    layers: Iterable[str],
+    *,
+    weight: Callable[[Tensor], Tensor] | None = None,
+    seed: int = 0,
 ) -> tuple[dict[str, LayerStudy], float]:
     """One forward and one backward pass over the batches.
 
     Args:
         batches: (x_t [N, C, H, W], t [N], class labels or None), on the network's device.
         layers: qualified names of Conv2d and Linear layers.
+        weight: of an output error by timestep, see `image_weight`; None counts all alike.
 
     Returns:
         (studies by layer, E‖ε‖² per sample of the predicted noise).
@@ -96,6 +122,8 @@ def study_layers(
                 start.requires_grad_(True)  # type: ignore[union-attr, operator]
                 noise = unet(probe_like, t, class_labels=labels).sample
                 probe = torch.randn(noise.shape, generator=generator).to(noise)
+                if weight is not None:
+                    probe = probe * weight(t).sqrt().to(noise).view(-1, 1, 1, 1)
                 torch.autograd.grad((noise * probe).sum(), [probe_like, start])  # type: ignore[list-item]
                 start.requires_grad_(frozen)  # type: ignore[union-attr, operator]
                 energy += float(noise.detach().double().square().sum())
@@ -138,20 +166,21 @@ def damage_table(
     keep_for: Any,
     batches: Iterable[Any],
     *,
+    weight: Callable[[Tensor], Tensor] | None = None,
     seed: int = 0,
 ) -> dict[str, list[float]]:
     """Estimated relative squared error of the predicted noise for every option of every unit of a width problem.
 
     Args:
         keep_for: function of {slot: count} that returns {slot: kept indices}.
-        batches: see `study_layers`.
+        batches, weight: see `study_layers`.
 
     Returns:
         unit -> damage per option, 0 for the whole width.
     """
     readers = {layer for s in slots.slots.values() for layer, _ in s.consumers}
     attention = {part for a in slots.attentions for part in (f"{a}.to_q", f"{a}.to_k")}
-    studies, energy = study_layers(unet, batches, [*sorted(readers), *sorted(attention - readers)], seed=seed)
+    studies, energy = study_layers(unet, batches, [*sorted(readers), *sorted(attention - readers)], weight=weight, seed=seed)
     cache: dict[tuple[str, int], float] = {}
 
     def slot_damage(name: str, count: int, keep: Tensor) -> float:
