@@ -1,11 +1,12 @@
 """Products of two row tables at several shifts, out[s] = Σ_m a[m]ᵀ b[m + shift_s]: the heavy part of `conv_gram`.
 
-a [M, C1] and b [M, C2] are row-major fp32 (maps padded with zeros, channels last), so that a shift of a map in y and x is a shift of rows, and no
-patch is ever written. Each program multiplies one tile of channel pairs over one stretch of rows for one shift. Traffic: the 13 shifts of a
-stretch run side by side and read it from L2, so DRAM sees a and b about once per tile; 2 · S · C1 · C2 FLOPs per row. Products are split TF32 ("tf32x3": three
-tensor-core products, error like fp32), sums run in fp32 over one stretch and in fp64 over the stretches, in a fixed order: no atomics, bitwise repeatable.
+a [M, C1] and b [M, C2] are row-major fp32 (maps padded with zeros, channels last), so that a shift of a map in y and x is a shift of
+rows, and no patch is ever written. Each program multiplies one tile of channel pairs over one stretch of rows for one shift.
+Traffic: the shifts of a stretch run side by side and read it from L2, so DRAM sees a and b about once per tile; 2·S·C1·C2
+FLOPs per row. Products are split TF32 ("tf32x3": three tensor-core products, error like fp32), sums run in fp32 over
+one stretch and in fp64 over the stretches, in a fixed order: no atomics, bitwise repeatable.
 
-Source: the sums are those of He et al. 2017, arXiv:1707.06168, equation 2; the shift form is this project's (`wanda_fast/conv_gram.py`).
+Source: the sums are those of He et al. 2017, arXiv:1707.06168, equation 2; the shift form is this project's.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def shifted_products(a: Tensor, b: Tensor, shifts: list[int]) -> Tensor:
         return a.new_zeros(s, c1, c2)
     config = WIDE if c2 > 16 else NARROW
     most = max(1, PARTIAL_BYTES // (4 * s * c1 * c2))
-    rows = max(STRETCH, triton.cdiv(m, most))
+    rows = min(max(STRETCH, triton.cdiv(m, most)), triton.cdiv(m, config.block_m) * config.block_m)
     stretches = triton.cdiv(m, rows)
     partial = torch.empty(stretches, s, c1, c2, dtype=torch.float32, device=a.device)
     table = torch.tensor(shifts, dtype=torch.int64).to(a.device, non_blocking=True)

@@ -86,7 +86,7 @@ def solve_ridge(xtx: Tensor, xtr: Tensor, ridge: float) -> tuple[Tensor, float, 
 
     Returns:
         Δ [K + 1, C], the ridge that was used, and a remark ("" if there is nothing to say). Where the matrix is not positive
-        definite, the ridge is raised tenfold until it is.
+        definite to rounding, the ridge is raised tenfold until it is.
     """
     n = xtx[-1, -1]
     mean = xtx[-1, :-1] / n  # [K]
@@ -104,7 +104,8 @@ def solve_ridge(xtx: Tensor, xtr: Tensor, ridge: float) -> tuple[Tensor, float, 
             shifted = gram.clone()
             shifted.diagonal().add_(used * scale)
             factor, info = torch.linalg.cholesky_ex(shifted)
-            if int(info) == 0:
+            # A pivot of rounding size is a singular matrix too; with a ridge of more than that there is none.
+            if int(info) == 0 and float(factor.diagonal().min()) ** 2 > 1e-10 * scale:
                 break
             if used > 1e6:
                 raise RuntimeError("the normal equations are not finite")

@@ -295,7 +295,7 @@ def repair(
     *,
     method: str = "lstsq",
     target: str = "block",
-    ridge: float | Sequence[float] = (1e-3, 1e-2),
+    ridge: float | Sequence[float] = (1e-3, 1e-2, 1e-1),
     norms: bool = True,
     rows_per_unknown: float | None = None,
     max_rows: int | None = None,
@@ -441,11 +441,11 @@ class _Run:
             for side, kept in enumerate(keep.get(name, (None, None))):
                 full = self.dense_modules[name].weight.shape[side]
                 size = self.modules[name].weight.shape[side]
-                if (full if kept is None else len(kept)) != size:
+                # inputs that are none of the dense layer's (a shorter sinusoid) are given as None
+                count = (full if side == 0 else size) if kept is None else len(kept)
+                if count != size:
                     what = ("output", "input")[side]
-                    raise ValueError(
-                        f"keep[{name!r}]: {full if kept is None else len(kept)} {what} channels, the layer has {size}"
-                    )
+                    raise ValueError(f"keep[{name!r}]: {count} {what} channels, the layer has {size}")
 
     # ----------------------------------------------------------------------------------------------------------- passes
 
@@ -478,7 +478,9 @@ class _Run:
         pruned.advance(stage.wanted)
         got = {event: pruned.take(event) for event in stage.wanted}
         modules = [self.modules[name] for name in stage.layers]
-        maps = [_as_map(got[event], m) for event, m in zip(stage.inputs, modules)]
+        maps = [
+            _as_map(got[event], m) for event, m in zip(stage.inputs, modules, strict=False)
+        ]  # one input may feed several
         outs = [dense.take(event) for event in stage.targets]
         if stage.kind == "norm":
             keep = self.keep.get(self.reader.get(stage.layers[0], ""), (None, None))[1]
@@ -645,9 +647,7 @@ class _Run:
         if self.options.timestep_weight is not None:
             weight = self.options.timestep_weight(t.cpu()[chosen]).to(device=self.device, dtype=torch.float32)
         geometry = _geometry(data.modules[0])
-        share = (
-            min(math.ceil(self.options.rows(unknowns) / self.fit_images), data.positions) if data.positions > 1 else 1
-        )
+        share = math.ceil(min(self.options.rows(unknowns) / self.fit_images, data.positions))
         # Whole maps cost 13 products instead of 45 per row, so they are cheaper well before all positions are drawn.
         shifts = geometry == ((3, 3), (1, 1), (1, 1))
         if share >= data.positions * (_WHOLE_FROM if shifts else 1.0):
@@ -723,7 +723,8 @@ class _Run:
             sums[0] += each[:, ~judge].sum(1)
             sums[1] += each[:, judge].sum(1)
             rows += (len(x) - len(held)) * data.positions
-            if index == 0 and _norm_error(sums[0], gain, bias) <= _EXACT[self.options.dtype]:
+            off = float((_apply_norm(x, module) - y).square().sum() / (y - y.mean()).square().sum().clamp_min(1e-30))
+            if index == 0 and off <= _EXACT[self.options.dtype]:
                 return [LayerRepair(name, "exact", 0.0, 0.0, rows=rows, unknowns=1)]
         if not bool(torch.isfinite(sums).all()):
             raise RuntimeError(f"non-finite values in the input or output of layer {name}: the repair cannot continue")
@@ -789,6 +790,10 @@ class _Run:
             self.report.layers.append(LayerRepair(name, "refitted", rows=counts[name], unknowns=1, remark=remark))
 
 
+def _apply_norm(x: Tensor, module: nn.GroupNorm) -> Tensor:
+    return x * module.weight[:, None, None] + module.bias[:, None, None]
+
+
 @torch.no_grad()
 def _mean_output(module: Any, mean: Tensor) -> Tensor:
     """Output [C_out] of a layer whose input channels are constant at `mean` [C_in], away from borders."""
@@ -813,7 +818,8 @@ def _working_copy(model: nn.Module, device: torch.device) -> nn.Module:
 
 def _held_index(before: int, n: int) -> Tensor:
     """Samples of a batch of n that are held out, when `before` images came before it."""
-    return torch.arange(-(before + 1) % HELD_OUT, n, HELD_OUT)
+    index = torch.arange(n)
+    return index[(index + before) % HELD_OUT == HELD_OUT - 1]
 
 
 def _progress(stages: list[_Stage], show: bool) -> Iterable[_Stage]:

@@ -1,0 +1,410 @@
+"""Closed-form repair: what it improves, what it leaves alone, and what it says about inputs that cannot be fitted."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import math
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DModel
+from networks import PLAIN, random_unet
+from torch import Tensor, nn
+
+from wanda_fast.compact import compact, cost_model, layer_keep, prepared_copy
+from wanda_fast.least_squares import solve_ridge
+from wanda_fast.lockstep import Hooked, Walk, peak_bytes
+from wanda_fast.plan import Target, build_plan, free_problem, stock_problem, uniform_widths
+from wanda_fast.repair import repair
+from wanda_fast.slots import find_slots
+
+module = importlib.import_module("wanda_fast.repair")
+Batches = Callable[[], Iterable[Any]]
+SMALL: dict[str, Any] = {
+    **PLAIN,
+    "block_out_channels": (16, 32),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
+
+
+def prune(
+    unet: UNet2DModel, layout: str = "free", ratio: float = 0.25
+) -> tuple[UNet2DModel, UNet2DModel, dict[str, Any]]:
+    """(dense twin, pruned network, kept channels of every layer), channels chosen by the size of what reads and writes them."""
+    slots = find_slots(unet)
+    costs = cost_model(unet, slots)
+    if layout == "stock":
+        problem = stock_problem(slots, costs, unet.config, "balanced", 4, 4)
+    else:
+        problem = free_problem(slots, costs, "balanced", 4, 4)
+    g = torch.Generator().manual_seed(5)
+    scores = {n: torch.rand(s.width, generator=g) for n, s in slots.slots.items()}
+    widths = uniform_widths(problem, Target(ratio=ratio))
+    plan = build_plan(slots, widths, scores, unet.config, layout=layout, norm_policy="balanced")
+    return prepared_copy(unet, plan.identity_shortcuts), compact(unet, plan), layer_keep(slots, plan.keep)
+
+
+def noise(unet: UNet2DModel, n: int, seed: int, batch: int = 8) -> Batches:
+    """Random network inputs, the same at every call."""
+    g = torch.Generator().manual_seed(seed)
+    size, steps = unet.config["sample_size"], unet.config.get("num_train_timesteps") or 1000
+    # smooth maps: neighbouring positions of images are related
+    x = F.interpolate(torch.randn(n, unet.config["in_channels"], size // 2, size // 2, generator=g), scale_factor=2)
+    x = x + 0.5 * torch.randn(x.shape, generator=g)
+    t = torch.randint(0, steps, (n,), generator=g)
+    labels = torch.arange(n) % 5 if unet.class_embedding is not None else None
+    parts = [slice(i, i + batch) for i in range(0, n, batch)]
+    return lambda: [(x[p], t[p], None if labels is None else labels[p]) for p in parts]
+
+
+@torch.no_grad()
+def difference(dense: nn.Module, pruned: nn.Module, batches: Batches) -> float:
+    """Squared error of the prediction relative to the dense one's square."""
+    error = total = 0.0
+    for x, t, labels in batches():
+        a, b = (m(x, t, class_labels=labels).sample for m in (dense, pruned))
+        error += float((a - b).square().sum())
+        total += float(a.square().sum())
+    return error / total
+
+
+@pytest.mark.parametrize("layout", ["free", "stock"])
+@pytest.mark.parametrize("goal", ["block", "layer"])
+def test_lowers_every_error_it_accepts_and_the_networks(layout: str, goal: str) -> None:
+    unet = random_unet("plain")
+    dense, pruned, keep = prune(unet, layout)
+    held = noise(unet, 16, seed=9)
+    before = difference(dense, pruned, held)
+    weights = copy.deepcopy(dense.state_dict())
+    report = repair(dense, pruned, keep, noise(unet, 48, seed=1), target=goal)
+    after = difference(dense, pruned, held)
+    assert after < 0.5 * before
+    done = [r for r in report.layers if r.accepted]
+    assert len(done) > 20
+    for r in done:
+        assert r.error_before is not None and r.error_after is not None and r.error_after < r.error_before
+        assert r.held_before is not None and r.held_after is not None and r.held_after < r.held_before
+    assert all(torch.equal(v, weights[k]) for k, v in dense.state_dict().items())
+    names = {n for n, m in pruned.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    assert names <= {r.layer for r in report.layers}
+    assert report.images == 48 and report.replayed_images == 0
+    json.dumps(report.to_dict())
+    assert f"{len(done)} of {len(report.layers)}" in report.summary()
+
+
+@pytest.mark.parametrize("name", ["heads", "classes", "scale_shift", "resnet_resampling", "two_layers_one_channel"])
+def test_other_architectures(name: str) -> None:
+    unet = random_unet(name)
+    dense, pruned, keep = prune(unet)
+    held = noise(unet, 8, seed=9)
+    before = difference(dense, pruned, held)
+    report = repair(dense, pruned, keep, noise(unet, 32, seed=1))
+    assert difference(dense, pruned, held) < 0.8 * before
+    assert not [r for r in report.layers if r.status == "skipped"]
+
+
+def test_the_bundled_model() -> None:
+    from wanda_fast.checkpoint import load_pipeline
+    from wanda_fast.data import load_images
+
+    loaded = load_pipeline(None, dtype=torch.float32, device="cpu")
+    unet, scheduler = loaded.unet.eval(), loaded.scheduler
+    found = load_images("self", n=48, unet=unet, scheduler=scheduler, bundled=True)
+    images = found.permute(0, 3, 1, 2).float() / 127.5 - 1
+    g = torch.Generator().manual_seed(0)
+    t = torch.randint(0, 1000, (48,), generator=g)
+    x = scheduler.add_noise(images, torch.randn(images.shape, generator=g), t)
+    dense, pruned, keep = prune(unet, "stock")
+    held: Batches = lambda: [(x[40:], t[40:], None)]  # noqa: E731
+    before = difference(dense, pruned, held)
+    repair(dense, pruned, keep, lambda: [(x[i : i + 8], t[i : i + 8], None) for i in range(0, 40, 8)], max_rows=4096)
+    assert difference(dense, pruned, held) < 0.3 * before
+
+
+def test_nothing_pruned_nothing_changed() -> None:
+    unet = random_unet(SMALL)
+    pruned = copy.deepcopy(unet)
+    report = repair(unet, pruned, {}, noise(unet, 16, seed=1))
+    assert {r.status for r in report.layers} == {"exact"}
+    assert all(torch.equal(v, unet.state_dict()[k]) for k, v in pruned.state_dict().items())
+
+
+def test_memory_bound_gives_the_same_weights() -> None:
+    unet = random_unet(SMALL)
+    dense, pruned, keep = prune(unet)
+    other = copy.deepcopy(pruned)
+    batches = noise(unet, 24, seed=1)
+    assert repair(dense, pruned, keep, batches).replayed_images == 0
+    report = repair(dense, other, keep, batches, memory_limit=1)
+    assert report.replayed_images == 16 and report.images == 24
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in pruned.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_half_precision_networks(dtype: torch.dtype) -> None:
+    unet = random_unet(SMALL)
+    dense, pruned, keep = prune(unet)
+    held = noise(unet, 16, seed=9)
+    before = difference(dense, pruned, held)
+    small = [nn.Module.to(copy.deepcopy(m), dtype=dtype) for m in (dense, pruned)]
+    repair(small[0], small[1], keep, noise(unet, 32, seed=1), dtype=torch.bfloat16)
+    assert {p.dtype for p in small[1].parameters()} == {dtype}
+    assert difference(dense, nn.Module.to(small[1], dtype=torch.float32), held) < 0.7 * before
+
+
+def test_too_few_images() -> None:
+    unet = random_unet(SMALL)
+    dense, pruned, keep = prune(unet)
+    held = noise(unet, 16, seed=9)
+    before = difference(dense, pruned, held)
+    report = repair(dense, pruned, keep, noise(unet, 2, seed=1))
+    after = difference(dense, pruned, held)
+    assert math.isfinite(after) and after < before
+    assert [r for r in report.layers if "rows for" in r.remark]
+    assert all(r.held_before is None for r in report.layers)
+
+
+def test_bias_moves_the_mean_alone() -> None:
+    unet = random_unet(SMALL)
+    dense, pruned, keep = prune(unet)
+    held, before = noise(unet, 16, seed=9), copy.deepcopy(pruned.state_dict())
+    report = repair(dense, pruned, keep, noise(unet, 32, seed=1), method="bias")
+    changed = {k for k, v in pruned.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed and all(k.endswith("bias") for k in changed)
+    assert changed <= {f"{r.layer}.bias" for r in report.layers}
+    assert math.isfinite(difference(dense, pruned, held))
+    assert "biases" in report.summary()
+
+
+def test_none_changes_nothing() -> None:
+    unet = random_unet(SMALL)
+    dense, pruned, keep = prune(unet)
+    before = copy.deepcopy(pruned.state_dict())
+    assert repair(dense, pruned, keep, noise(unet, 8, seed=1), method="none").layers == []
+    assert all(torch.equal(v, before[k]) for k, v in pruned.state_dict().items())
+
+
+# ---- a network small enough to be solved by hand
+
+
+class Chain(nn.Module):
+    """Two convolutions; called like a UNet."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, width, 3, padding=1)
+        self.second = nn.Conv2d(width, 4, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.second(F.silu(self.first(x)) * (1 + t[:, None, None, None] / 1000))
+
+
+def chain(keep_channels: list[int]) -> tuple[Chain, Chain, dict[str, Any]]:
+    torch.manual_seed(3)
+    dense = Chain().requires_grad_(False)
+    kept = torch.tensor(keep_channels)
+    pruned = Chain(len(keep_channels)).requires_grad_(False)
+    pruned.first.weight.copy_(dense.first.weight[kept])
+    pruned.first.bias.copy_(dense.first.bias[kept])  # type: ignore[union-attr, index]
+    pruned.second.weight.copy_(dense.second.weight[:, kept])
+    pruned.second.bias.copy_(dense.second.bias)  # type: ignore[union-attr, arg-type]
+    return dense, pruned, {"first": (kept, None), "second": (None, kept)}
+
+
+def rows_of(dense: Chain, pruned: Chain, batches: Batches) -> tuple[Tensor, Tensor, Tensor]:
+    """What the pruned second layer sees (patches and ones), the dense outputs and t, row by row, of the images of the fit."""
+    x = torch.cat([b[0] for b in batches()]).double()
+    t = torch.cat([b[1] for b in batches()]).double()
+    fit = torch.arange(len(x)) % 8 != 7
+    x, t = x[fit], t[fit]
+    a, b = (copy.deepcopy(m).double() for m in (dense, pruned))
+    hidden = F.silu(b.first(x)) * (1 + t[:, None, None, None] / 1000)
+    patches = F.unfold(hidden, 3, padding=1).transpose(1, 2).flatten(0, 1)
+    rows = torch.cat([patches, torch.ones(len(patches), 1, dtype=torch.float64)], dim=1)
+    return rows, a(x, t).flatten(2).transpose(1, 2).flatten(0, 1), t.repeat_interleave(64)
+
+
+def inputs(n: int = 32, seed: int = 0) -> Batches:
+    g = torch.Generator().manual_seed(seed)
+    x, t = torch.randn(n, 3, 8, 8, generator=g), torch.randint(0, 1000, (n,), generator=g)
+    return lambda: [(x[i : i + 8], t[i : i + 8], None) for i in range(0, n, 8)]
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("ridge", [0.0, 1e-3, 0.1])
+@pytest.mark.parametrize("rows", [math.inf, 1e6], ids=["whole_maps", "rows"])
+def test_equals_a_float64_ridge_regression(
+    ridge: float, weighted: bool, rows: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if rows != math.inf:  # all positions, taken as rows
+        monkeypatch.setattr(module, "_WHOLE_FROM", 2.0)
+    dense, pruned, keep = chain([0, 2, 3, 5])
+    sliced = second_layer(pruned)
+    steer = (lambda t: torch.where(t < 300, 4.0, 0.5)) if weighted else None
+    report = repair(dense, pruned, keep, inputs(), ridge=ridge, rows_per_unknown=rows, timestep_weight=steer)
+    x, goal, t = rows_of(dense, pruned, inputs())
+    w = torch.ones(len(t)) if steer is None else steer(t)
+    w = w.double()[:, None]
+    n, mean = w.sum(), (w * x).sum(0) / w.sum()
+    # λ counts the spread around the mean and leaves the bias free
+    penalty = torch.full(
+        (x.shape[1],), ridge * float((w * (x - mean).square()).sum(0)[:-1].mean()), dtype=torch.float64
+    )
+    penalty[-1] = 0
+    want = torch.linalg.solve((w * x).t() @ x + penalty.diag(), (w * x).t() @ goal + penalty[:, None] * sliced)
+    got = second_layer(pruned)
+    assert float((got - want).norm() / want.norm()) < 1e-5
+    second = next(r for r in report.layers if r.layer == "second")
+    spread = (w * (goal - (w * goal).sum(0) / n).square()).sum()
+    errors = [float((w * (goal - x @ v).square()).sum() / spread) for v in (sliced, want)]
+    assert [second.error_before, second.error_after] == pytest.approx(errors, rel=1e-4)
+    assert second.rows == len(x) and second.unknowns == x.shape[1] - 1
+
+
+def second_layer(model: Chain) -> Tensor:
+    """Weight and bias of the second layer as the matrix [K + 1, C_out] of its patches, in float64."""
+    assert model.second.bias is not None
+    return torch.cat([model.second.weight.flatten(1), model.second.bias[:, None]], dim=1).t().double()
+
+
+def test_drawn_positions_come_close_to_all() -> None:
+    results = []
+    for limit in (math.inf, 600):
+        dense, pruned, keep = chain([0, 2, 3, 5])
+        repair(
+            dense,
+            pruned,
+            keep,
+            inputs(64),
+            ridge=1e-4,
+            rows_per_unknown=math.inf,
+            max_rows=None if limit == math.inf else 600,
+        )
+        rows, goal, _ = rows_of(dense, pruned, inputs(32, seed=1))
+        results.append(float((goal - rows @ second_layer(pruned)).square().sum()))
+    assert results[0] <= results[1] < 1.2 * results[0]
+
+
+def test_constant_and_repeated_channels_are_reported() -> None:
+    dense, pruned, keep = chain([0, 1, 2, 3])
+    for m in (dense, pruned):
+        m.first.weight[1] = 0  # a channel that is zero everywhere
+        m.first.bias[1] = 0  # type: ignore[index]
+        m.first.weight[2], m.first.bias[2] = m.first.weight[0], m.first.bias[0]  # type: ignore[index]
+    report = repair(dense, pruned, keep, inputs(), ridge=0.0, rows_per_unknown=math.inf)
+    second = next(r for r in report.layers if r.layer == "second")
+    assert "rank-deficient: ridge raised" in second.remark and "constant inputs" in second.remark
+    assert second.accepted and all(torch.isfinite(p).all() for p in pruned.parameters())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("method", ["lstsq", "bias"])
+def test_non_finite_values_stop_with_the_layers_name(bad: float, method: str) -> None:
+    dense, pruned, keep = chain([0, 2, 3, 5])
+    (dense if method == "bias" else pruned).first.bias[0] = bad  # type: ignore[index]
+    keep["first"] = (torch.tensor([0, 2, 3, 5]), None)
+    before = copy.deepcopy(pruned.state_dict())
+    with pytest.raises(RuntimeError, match=r"non-finite values .* layer (first|second)"):
+        repair(dense, pruned, keep, inputs(), method=method)
+    assert all(torch.equal(v, before[k]) or not torch.isfinite(v).all() for k, v in pruned.state_dict().items())
+    assert not [t for t in threading.enumerate() if t.name == "wanda_fast walk"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "magic"}, "method must be one of"),
+        ({"target": "network"}, "target must be one of"),
+        ({"ridge": -1.0}, "ridge must be"),
+        ({"ridge": ()}, "ridge must be"),
+        ({"keep": {}}, "first.*6 output channels, the layer has 4"),
+        ({"batches": lambda: []}, "no image"),
+    ],
+)
+def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
+    dense, pruned, keep = chain([0, 2, 3, 5])
+    arguments: dict[str, Any] = {"keep": keep, "batches": inputs(), **change}
+    with pytest.raises(ValueError, match=message):
+        repair(dense, pruned, arguments.pop("keep"), arguments.pop("batches"), **arguments)
+
+
+def test_layers_that_cannot_be_fitted_are_named() -> None:
+    class Odd(Chain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.grouped = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+            self.unused = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.grouped(super().forward(x, t))
+
+    dense = Odd().requires_grad_(False)
+    report = repair(dense, copy.deepcopy(dense), {}, inputs(8))
+    remarks = {r.layer: r.remark for r in report.layers if r.status == "skipped"}
+    assert remarks == {"grouped": "grouped convolution", "unused": "not reached by the forward pass"}
+
+
+# ---- the solver and the passes
+
+
+def test_solve_ridge_of_a_singular_matrix() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 4, generator=g, dtype=torch.float64)
+    x = torch.cat([x, x[:, :2], torch.ones(50, 1, dtype=torch.float64)], dim=1)  # two columns twice
+    r = torch.randn(50, 3, generator=g, dtype=torch.float64)
+    delta, used, remark = solve_ridge(x.t() @ x, x.t() @ r, 0.0)
+    assert used > 0 and "rank-deficient" in remark
+    best = torch.linalg.lstsq(x, r, driver="gelsd").solution
+    torch.testing.assert_close(x @ delta, x @ best, rtol=1e-6, atol=1e-6)
+    delta, used, remark = solve_ridge(
+        torch.zeros(3, 3, dtype=torch.float64) + torch.eye(3)[2].diag(), torch.ones(3, 1).double(), 1e-3
+    )
+    assert float(delta[:2].abs().max()) == 0 and "2 constant inputs" in remark
+
+
+def test_a_walk_stops_and_goes_on() -> None:
+    model = Chain().requires_grad_(False)
+    ran = []
+    model.second.register_forward_hook(lambda *_: ran.append("second"))
+    x, t, _ = next(iter(inputs()()))
+    with Hooked(model, ["first", "second"]) as hooked:
+        walk = Walk(hooked, lambda m: m(x, t), sticky=[("first", "in")])
+        walk.advance([("second", "in")])
+        assert not ran and walk.take(("first", "in")) is x
+        model.second.weight.zero_()  # seen by the rest of the pass
+        walk.advance([("second", "out")])
+        expected = model.second.bias[None, :, None, None].expand(8, 4, 8, 8)  # type: ignore[index]
+        torch.testing.assert_close(walk.take(("second", "out")), expected)
+        with pytest.raises(RuntimeError, match="ended before"):
+            walk.advance([("first", "out")])
+        walk.close()
+        stopped = Walk(hooked, lambda m: m(x, t))
+        stopped.advance([("first", "in")])
+        stopped.close()
+        assert ran == ["second"]
+        broken = Walk(hooked, lambda m: m(x[:, :2], t))
+        with pytest.raises(RuntimeError, match="channels"):
+            broken.advance([("second", "in")])
+        broken.close()
+    assert not model.first._forward_hooks and not model.first._forward_pre_hooks
+    assert not [t for t in threading.enumerate() if t.name == "wanda_fast walk"]
+
+
+def test_peak_bytes_counts_what_is_alive() -> None:
+    x = torch.zeros(1000)
+
+    def call() -> None:
+        a = x + 1
+        b = a.view(10, 100) + 1  # the view is no new memory
+        del a
+        c = b + 1
+        del b, c
+
+    assert peak_bytes(call) == 8000
