@@ -40,7 +40,7 @@ def images() -> Tensor:
 
 @pytest.fixture(scope="module")
 def bundled_stats() -> ActivationStats:
-    """96 images: up to 64 different timesteps each make a group, and in groups of one the strategies over samples agree."""
+    """96 images: up to 64 different timesteps make a group each, and in groups of one the strategies agree."""
     loaded = load_pipeline(None)
     return calibrate(loaded.unet, loaded.scheduler, read_sample_sheet(), n=96, batch_size=32, dtype=torch.bfloat16)
 
