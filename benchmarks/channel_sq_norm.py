@@ -76,7 +76,7 @@ def cases(device: torch.device, size: str) -> list[Case]:
         if size == "quick" and not on_gpu:
             layouts = layouts[:1]
         for dtype in dtypes:
-            if dtype == torch.float16 and not name.startswith(("large", "sdxl")):
+            if dtype == torch.float16 and not name.startswith("large"):
                 continue
             for layout in layouts:
                 repeats = (False, True) if name == "large 64x64" and layout == "nchw" else (False,)

@@ -57,7 +57,7 @@ def run(ops: list[str], device: torch.device, size: str, *, seed: int, with_comp
     env["copy_gbps"] = round(copy_gbps, 1)
     log(f"copy bandwidth {copy_gbps:.0f} GB/s (bytes read and written)")
     rows: list[dict[str, Any]] = []
-    budget = {"quick": 0.1, "default": 0.25, "full": 0.3}[size]
+    budget = {"quick": 0.1, "default": 0.2, "full": 0.1}[size]
     for op in ops:
         start = time.perf_counter()
         module = importlib.import_module(f"benchmarks.{op}")

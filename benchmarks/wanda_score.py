@@ -57,15 +57,15 @@ def cases(device: torch.device, size: str) -> list[Case]:
         named = shapes.SDXL_WEIGHTS | shapes.DDPM_WEIGHTS
     elif size == "full":
         named["sdxl 1280x1280x3x3"] = (1280, 1280, 3, 3)
-    dtypes = [torch.float32, torch.bfloat16] if size != "full" else list(DTYPE_NAMES)
+    dtypes = [torch.float32, torch.bfloat16]
     found = []
     for name, shape in named.items():
-        for dtype in dtypes:
+        for dtype in [*dtypes, torch.float16] if size == "full" and name == "sdxl 1280x2560x3x3" else dtypes:
             layouts = ["contiguous"]
-            if len(shape) == 4 and (name.startswith("sdxl 1280") or size == "full"):
+            if len(shape) == 4 and name.startswith(("sdxl 1280", "ddpm 256x512")):
                 layouts.append("channels_last")
             for layout in layouts:
-                for table in (False, True) if name.startswith("sdxl 1280x2560") or size == "full" else (False,):
+                for table in (False, True) if name.startswith(("sdxl 1280x2560", "ddpm 256x512")) else (False,):
                     found.append(_case(name, shape, dtype, layout, table, on_gpu))
     return found
 

@@ -22,13 +22,13 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # One launch holds at most this many samples: each program compares its row with all of them, and grid.z ends at 65,535.
 MAX_SAMPLES = 1024
-# Elements in registers per program. 8,192 with 8 warps keeps eight 16-byte loads of fp32 per thread in flight.
-TILE = 8192
-# Tiles shrink down to MIN_TILE until there are this many programs: 132 multiprocessors hold four of the largest or more of the smaller ones.
+# Bytes of x that one program holds at once: 16 loads of 16 bytes per lane of 4 warps. Measured best on an H200 among 4 to 32 KiB.
+TILE_BYTES = 8192
+# Tiles shrink down to MIN_TILE elements until there are this many programs: 132 multiprocessors hold about eight each.
 MIN_PROGRAMS = 1024
-MIN_TILE = 2048
+MIN_TILE = 1024
 # With fewer programs than this the positions of a sample are split over several, which costs partials and a ticket.
-SPLIT_BELOW = 512
+SPLIT_BELOW = 256
 # Integer tickets set aside for captured graphs: each captured launch keeps its own, so that two graphs may replay at once.
 CAPTURE_TICKETS = 1 << 20
 
@@ -229,18 +229,26 @@ def _power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def choose_config(samples: int, channels: int, positions: int, channels_inner: bool) -> Config:
+def choose_config(samples: int, channels: int, positions: int, channels_inner: bool, item_size: int = 4) -> Config:
     """Tile shape for N samples of C channels at S positions; `channels_inner` when neighbouring channels are neighbours in memory."""
+    stages = 1
     if channels_inner:
-        # The widest block that wastes few lanes; 32 channels are one or two full 32-byte sectors in every dtype.
-        block_c = min(_power_of_2(channels), 128)
-        while block_c > 32 and (channels % block_c or samples * _divide(channels, block_c) < MIN_PROGRAMS):
+        # 64 channels are one to two full 128-byte lines; narrower where that wastes lanes or leaves multiprocessors idle. Tiles of the
+        # long walk down the positions are fetched three ahead.
+        block_c = min(_power_of_2(channels), 64)
+        while block_c > 32 and (channels % block_c or samples * _divide(channels, block_c) < SPLIT_BELOW):
             block_c //= 2
-        block_s = min(_power_of_2(positions), max(TILE // block_c, 1))
+        block_s = min(_power_of_2(positions), max(4096 // block_c, 1))
+        num_warps = 4
+        stages = 3 if positions > block_s else 1
+    elif positions >= 4096:
+        block_s, num_warps = 4096, 8
+        block_c = 2 if samples * channels >= 2 * MIN_PROGRAMS else 1
     else:
-        block_s = min(_power_of_2(positions), 2048)
-        block_c = min(_power_of_2(channels), max(TILE // block_s, 1))
-        while block_c > 1 and block_c * block_s > MIN_TILE and samples * _divide(channels, block_c) < MIN_PROGRAMS:
+        block_s = min(_power_of_2(positions), 1024)
+        block_c = min(_power_of_2(channels), max(TILE_BYTES // (item_size * block_s), 1))
+        num_warps = 4
+        while block_c > 1 and block_c * block_s > MIN_TILE and samples * _divide(channels, block_c) < SPLIT_BELOW:
             block_c //= 2
     programs = samples * _divide(channels, block_c)
     steps = _divide(positions, block_s)
@@ -249,8 +257,8 @@ def choose_config(samples: int, channels: int, positions: int, channels_inner: b
     split = max(1, min(split, 4096 // samples, 64))
     split_len = _divide(steps, split) * block_s
     split = _divide(positions, split_len)
-    num_warps = max(1, min(8, block_c * block_s // 1024))
-    return Config(block_c, block_s, split, split_len, num_warps)
+    num_warps = max(1, min(num_warps, block_c * block_s // 128))
+    return Config(block_c, block_s, split, split_len, num_warps, stages if split_len > block_s else 1)
 
 
 def _prepare(x: Tensor, rows: Tensor, out: Tensor, with_sums: bool, config: Config | None) -> _Launch:
@@ -268,7 +276,7 @@ def _prepare(x: Tensor, rows: Tensor, out: Tensor, with_sums: bool, config: Conf
         stride_xn, stride_xc, stride_xh, two_d = x.stride(0), x.stride(-1), 0, False
         stride_xs = x.stride(1) if x.dim() == 3 else 0
     channels_inner = C > 1 and (S == 1 or stride_xc < stride_xs)
-    config = config or choose_config(N, C, S, channels_inner)
+    config = config or choose_config(N, C, S, channels_inner, x.element_size())
     blocks_c = _divide(C, config.block_c)
     constants = {
         "SPLIT": config.split,

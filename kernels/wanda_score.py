@@ -29,6 +29,7 @@ class Config(NamedTuple):
     block_k: int
     rows: int
     num_warps: int
+    stages: int = 1
 
 
 # 8 x 512 values on 4 warps: eight 16-byte loads of fp32 per thread in flight. 64 rows keep the partials at 3 % of the traffic and still give
@@ -70,6 +71,7 @@ def _partial_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     pid_k = tl.program_id(0)
     pid_o = tl.program_id(1)
@@ -79,7 +81,7 @@ def _partial_kernel(
     channel = offs_k % I if CHANNELS_LAST else offs_k // KK
     norm = tl.load(norm_ptr + group * I + channel, mask=mask_k, other=0.0).to(tl.float32)
     acc = tl.zeros([BLOCK_O, BLOCK_K], dtype=tl.float32)
-    for first in range(pid_o * ROWS, pid_o * ROWS + ROWS, BLOCK_O):
+    for first in tl.range(pid_o * ROWS, pid_o * ROWS + ROWS, BLOCK_O, num_stages=STAGES):
         offs_o = first + tl.arange(0, BLOCK_O)
         mask_o = offs_o < O
         row = group * O + offs_o
@@ -204,18 +206,23 @@ def _score(weight: Tensor, norm: Tensor, config: Config | None) -> tuple[Tensor,
     block_o = min(config.block_o, _power_of_2(O))
     rows = min(config.rows, _divide(O, block_o) * block_o)
     block_k = min(config.block_k, max(_power_of_2(K), 16))
+    while K % block_k and block_k > 256:  # full blocks need no masks
+        block_k //= 2
     k_blocks, o_blocks = _divide(K, block_k), _divide(O, rows)
     row_partial = torch.empty(k_blocks * c_out, dtype=torch.float32, device=weight.device)
     col_partial = torch.empty(o_blocks * groups * K, dtype=torch.float32, device=weight.device)
     _partial_kernel[(k_blocks, o_blocks, groups)](
         weight, norm, row_partial, col_partial, O, per_group, K, weight.stride(0), KK=taps, ROWS=rows, CHANNELS_LAST=channels_last,
-        BLOCK_O=block_o, BLOCK_K=block_k, EVEN=O % rows == 0 and rows % block_o == 0 and K % block_k == 0, num_warps=config.num_warps,
+        BLOCK_O=block_o, BLOCK_K=block_k, EVEN=O % rows == 0 and rows % block_o == 0 and K % block_k == 0,
+        STAGES=config.stages, num_warps=config.num_warps,
     )  # fmt: skip
-    block = 32
+    # Few channels and all partials per program: one round trip to memory instead of a loop of them.
+    block = 8
+    partials = max(k_blocks, o_blocks * taps)
     row_programs = _divide(c_out, block)
     _finish_kernel[(row_programs + _divide(norm.numel(), block),)](
         row_partial, col_partial, norm, row, col, c_out, norm.numel(), per_group, K, groups * K, row_programs, k_blocks, o_blocks,
-        KK=taps, CHANNELS_LAST=channels_last, BLOCK=block, BLOCK_P=32, num_warps=4,
+        KK=taps, CHANNELS_LAST=channels_last, BLOCK=block, BLOCK_P=max(16, min(256, _power_of_2(partials))), num_warps=4,
     )  # fmt: skip
     return row, col
 

@@ -72,11 +72,11 @@ constexpr int kMedium = 120;
 constexpr int kLarge = 360;
 static_assert(sizeof(Table<kSmall>) <= 4096 && sizeof(Table<kLarge>) <= 32764, "the table must fit the kernel parameters");
 
-__device__ __forceinline__ void check_index(int64_t index, int64_t limit, const char* name) {
-  if (index < 0 || index >= limit) {
-    printf("wanda_fast::compact: %s holds index %lld, outside [0, %lld)\n", name, static_cast<long long>(index), static_cast<long long>(limit));
-    __trap();
-  }
+__device__ __forceinline__ bool inside(int64_t index, int64_t limit) { return index >= 0 && index < limit; }
+
+__device__ __noinline__ void stop(const char* name, int64_t limit) {
+  printf("wanda_fast::compact: %s holds an index outside [0, %lld)\n", name, static_cast<long long>(limit));
+  __trap();
 }
 
 __host__ __device__ __forceinline__ int32_t rows_per_block(int32_t width) {
@@ -102,20 +102,29 @@ __device__ __forceinline__ void copy_rows(const Gather& g, int32_t local, int32_
   bool run = g.columns % kWords == 0 && g.row_stride % kWords == 0 && reinterpret_cast<uintptr_t>(g.src) % kVectorBytes == 0 &&
              reinterpret_cast<uintptr_t>(g.dst) % kVectorBytes == 0;
   if (static_cast<int32_t>(threadIdx.x) < width) {
-    int32_t mine[kWords];
+    // All index loads are issued before the first is used or checked: one after the other they took as long as the copy.
+    int64_t channel[kWords];
+    int32_t base[kWords];
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
       const int32_t column = first_column + lane * kWords + w;
-      mine[w] = column;
+      channel[w] = 0;
+      base[w] = column;
       if (g.keep_in != nullptr && column < g.columns) {
         const int32_t c = column / g.inner;
         const int32_t o = c / g.out_channels;
-        const int64_t channel = g.keep_in[c - o * g.out_channels];
-        check_index(channel, g.channels, "keep_in");
-        // A source row has fewer than 2^31 words.
-        mine[w] = (o * g.channels + static_cast<int32_t>(channel)) * g.inner + (column - c * g.inner);
+        channel[w] = g.keep_in[c - o * g.out_channels];
+        base[w] = o * g.channels * g.inner + (column - c * g.inner);
       }
     }
+    bool good = true;
+    int32_t mine[kWords];
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      good = good && (g.keep_in == nullptr || inside(channel[w], g.channels));
+      mine[w] = base[w] + static_cast<int32_t>(channel[w]) * g.inner;  // a source row has fewer than 2^31 words
+    }
+    if (!good) stop("keep_in", g.channels);
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
       column_map[lane * kWords + w] = mine[w];
@@ -127,7 +136,7 @@ __device__ __forceinline__ void copy_rows(const Gather& g, int32_t local, int32_
     int64_t index = first_row + r;
     if (g.keep_out != nullptr) {
       index = g.keep_out[index];
-      check_index(index, g.src_rows, "keep_out");
+      if (!inside(index, g.src_rows)) stop("keep_out", g.src_rows);
     }
     row_map[r] = index * g.row_stride;
   }
