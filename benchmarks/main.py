@@ -10,6 +10,7 @@ import argparse
 import importlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,10 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def run(ops: list[str], device: torch.device, size: str, *, seed: int, with_compile: bool) -> dict[str, Any]:
-    """Environment and rows of the chosen operations."""
+def run(
+    ops: list[str], device: torch.device, size: str, *, seed: int, with_compile: bool, save: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
+    """Environment and rows of the chosen operations; `save` gets what there is after each of them."""
     torch.manual_seed(seed)
     env = environment(device, seed)
     env["size"] = size
@@ -70,6 +73,8 @@ def run(ops: list[str], device: torch.device, size: str, *, seed: int, with_comp
                 new = run_case(case, device, copy_gbps, seed=seed, quick=size == "quick", with_compile=compile_ops, budget_s=budget)
                 rows += new
         log(f"{op}: {time.perf_counter() - start:.1f} s")
+        if save is not None:
+            save({"env": env, "rows": rows})
     return {"env": env, "rows": rows}
 
 
@@ -97,11 +102,15 @@ def main(argv: list[str] | None = None) -> int:
     if args.out is not None and not args.out.resolve().parent.is_dir():
         p.exit(2, f"bench.py: --out {args.out}: its folder does not exist\n")
     size = "quick" if args.quick else "full" if args.full else "default"
-    result = run(args.op or operations(), device, size, seed=args.seed, with_compile=not args.no_compile)
+
+    def save(found: dict[str, Any]) -> None:
+        if args.out is not None:
+            args.out.write_text(json.dumps(found, indent=1) + "\n")
+
+    result = run(args.op or operations(), device, size, seed=args.seed, with_compile=not args.no_compile, save=save)
     log("")
     log(table.text(result["rows"]))
     if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
         log(f"wrote {args.out}")
     if earlier is not None:
         log(table.comparison(earlier, result))
