@@ -77,8 +77,8 @@ GUIDE = {  # flags of the guide -> (a value, the option it sets)
     "wanda_save_analysis": ("x", "save_analysis"), "target_macs": ("56%", "target_macs"),
     "target_params": ("3M", "target_params"), "min_width": ("3", "min_width"), "align": ("3", "align"),
     "layout": ("free", "layout"), "load_stats": ("x", "load_stats"), "plan": ("x", "plan"),
-    "timesteps": ("trajectory", "timesteps"), "split": ("sensitivity", "split"), "repair": ("bias", "repair"),
-    "norm_policy": ("free", "norm_policy"), "combine": ("producers", "combine"), "repair_images": ("3", "repair_images"),
+    "timesteps": ("trajectory", "timesteps"), "split": ("uniform", "split"), "repair": ("bias", "repair"),
+    "norm_policy": ("groups", "norm_policy"), "combine": ("producers", "combine"), "repair_images": ("3", "repair_images"),
     "backend": ("cpu", "backend"),
 }  # fmt: skip
 

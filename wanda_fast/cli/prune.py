@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\
 python prune.py --ratio 0.3 --pruner wanda-diff              prune the bundled model into run/...
 python prune.py --ratio 0.3 --dry_run                        show the plan and the sizes, write nothing
-python prune.py --target_macs 56% --split sensitivity        a MACs budget, spent where it hurts least
+python prune.py --target_macs 56%                            a budget of multiply-accumulates instead of a ratio
 python prune.py --model FOLDER_OR_HUB_ID --dataset FOLDER_OF_IMAGES --target_params 20M
 
 `wanda-fast prune ...` and `python -m wanda_fast prune ...` are the same program. Every flag can be written with
@@ -53,8 +53,8 @@ def add_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("how much to remove (one of)")
     how_much = group.add_mutually_exclusive_group()
     how_much.add_argument("--pruning_ratio", "--ratio", dest="ratio", type=share, metavar="R", default=None,
-        help="share of all channels that is removed, 0 <= R < 1 (default: 0.3); MACs and parameters shrink about "
-        "twice as much")  # fmt: skip
+        help="share of all channels that is removed, 0 <= R < 1 (default: 0.3); parameters and MACs shrink by "
+        "another, often larger share")  # fmt: skip
     how_much.add_argument("--target_macs", metavar="N|P%",
         help="budget of multiply-accumulates of one forward pass, such as 3.4G, or a share of the dense network's, "
         "such as 56%%")  # fmt: skip
@@ -64,16 +64,16 @@ def add_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("what to remove")
     group.add_argument("--pruner", default="wanda-diff", metavar="NAME",
         help="criterion: {pruners} (default: wanda-diff)")  # fmt: skip
-    group.add_argument("--split", choices=("uniform", "sensitivity"), default="uniform",
-        help="uniform: every level is cut alike; sensitivity: measures which levels can spare channels "
-        "(default: uniform)")  # fmt: skip
+    group.add_argument("--split", choices=("uniform", "sensitivity"), default="sensitivity",
+        help="sensitivity: estimates from a few images which levels can spare channels; uniform: every level is cut "
+        "alike (default: sensitivity)")  # fmt: skip
     group.add_argument("--combine", choices=("both", "producers", "consumers"), default="both",
         help="layers that judge a channel: those that write it, those that read it, or both (default: both)")  # fmt: skip
-    group.add_argument("--norm_policy", choices=("balanced", "free", "groups"), default="balanced",
-        help="what happens to GroupNorm: equally many channels leave every block, free choice, or whole groups "
-        "(default: balanced)")  # fmt: skip
-    group.add_argument("--align", type=whole(1), default=8, metavar="N",
-        help="widths are multiples of N channels, where the norms leave a choice (default: 8)")  # fmt: skip
+    group.add_argument("--norm_policy", choices=("balanced", "free", "groups"), default="free",
+        help="what happens to GroupNorm: equally many channels leave every block (balanced), the best channels stay "
+        "wherever they are (free), or whole groups leave (default: free)")  # fmt: skip
+    group.add_argument("--align", type=whole(1), default=16, metavar="N",
+        help="widths are multiples of N channels, where the norms leave a choice (default: 16)")  # fmt: skip
     group.add_argument("--min_width", type=whole(1), default=8, metavar="N", help="least channels kept (default: 8)")
 
     group = parser.add_argument_group("calibration")
