@@ -7,7 +7,7 @@ import importlib
 import json
 import math
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -32,6 +32,15 @@ SMALL: dict[str, Any] = {
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The networks are so small that more threads only wait for each other, the more so on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def prune(
@@ -124,7 +133,14 @@ def test_the_bundled_model() -> None:
     dense, pruned, keep = prune(unet, "stock")
     held: Batches = lambda: [(x[40:], t[40:], None)]  # noqa: E731
     before = difference(dense, pruned, held)
-    repair(dense, pruned, keep, lambda: [(x[i : i + 8], t[i : i + 8], None) for i in range(0, 40, 8)], max_rows=4096)
+    repair(
+        dense,
+        pruned,
+        keep,
+        lambda: [(x[i : i + 8], t[i : i + 8], None) for i in range(0, 40, 8)],
+        max_rows=4096,
+        ridge=1e-2,
+    )
     assert difference(dense, pruned, held) < 0.3 * before
 
 
