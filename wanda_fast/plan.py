@@ -22,7 +22,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -374,7 +374,9 @@ def uniform_widths(problem: WidthProblem, target: Target) -> dict[str, int]:
     return max(fitting, key=lambda w: problem.sizes(w)[1 if target.macs is not None else 0])
 
 
-def sensitive_widths(problem: WidthProblem, target: Target, damage: Mapping[str, list[float]]) -> dict[str, int]:
+def sensitive_widths(
+    problem: WidthProblem, target: Target, damage: Mapping[str, list[float]], *, floor: float = 0.25
+) -> dict[str, int]:
     """Widths of least summed damage under the target.
 
     Few units (the levels of the stock layout) are searched completely. Many units (slots of the free layout) are cut
@@ -383,10 +385,33 @@ def sensitive_widths(problem: WidthProblem, target: Target, damage: Mapping[str,
 
     Args:
         damage: unit -> damage of each of its options (0 for the whole width), same order as `problem.options`.
+        floor: no unit keeps less than this share of its width, unless the target cannot be met otherwise: the damage
+            is estimated for one unit at a time and says too little where almost nothing is left.
 
     Raises:
         UserError: no legal assignment meets the budget.
     """
+    whole = {u: sum(options[-1].values()) for u, options in problem.options.items()}
+    allowed = {
+        u: [i for i, option in enumerate(options) if sum(option.values()) >= floor * whole[u]]
+        for u, options in problem.options.items()
+    }
+    careful = replace(problem, options={u: [problem.options[u][i] for i in allowed[u]] for u in allowed})
+    found = _least_damage(careful, target, {u: [damage[u][i] for i in allowed[u]] for u in allowed})
+    if found is None:
+        found = _least_damage(problem, target, damage)
+    if found is None and target.ratio is not None:
+        smallest = problem.widths(dict.fromkeys(problem.options, 0))
+        found = smallest if problem.legal(smallest) else uniform_widths(problem, target)
+    if found is None:
+        raise _unreachable(problem, target)
+    return found
+
+
+def _least_damage(
+    problem: WidthProblem, target: Target, damage: Mapping[str, list[float]]
+) -> dict[str, int] | None:
+    """The search of `sensitive_widths` among all options of a problem; None where the target cannot be met."""
 
     def spend(widths: dict[str, int]) -> float:
         if target.ratio is not None:
@@ -396,30 +421,25 @@ def sensitive_widths(problem: WidthProblem, target: Target, damage: Mapping[str,
 
     budget = float(
         (1 - target.ratio) * problem.channels if target.ratio is not None else target.macs or target.params or 0
-    )
+    ) * (1 + 1e-9)
     units = list(problem.options)
     if math.prod(len(problem.options[u]) for u in units) <= 20_000:
         best: tuple[float, float, dict[str, int]] | None = None
-        nearest: tuple[float, dict[str, int]] | None = None
         for combination in itertools.product(*(range(len(problem.options[u])) for u in units)):
-            widths = problem.widths(dict(zip(units, combination)))
-            if not problem.legal(widths):
+            harm = sum(damage[u][i] for u, i in zip(units, combination))
+            if best is not None and harm > best[0]:
                 continue
-            spent, harm = spend(widths), sum(damage[u][i] for u, i in zip(units, combination))
-            if nearest is None or spent < nearest[0]:
-                nearest = (spent, widths)
-            if spent <= budget * (1 + 1e-9) and (best is None or (harm, -spent) < best[:2]):
+            widths = problem.widths(dict(zip(units, combination)))
+            spent = spend(widths)
+            if spent <= budget and (best is None or (harm, -spent) < best[:2]) and problem.legal(widths):
                 best = (harm, -spent, widths)
-        if best is None:
-            if target.ratio is not None and nearest is not None:
-                return nearest[1]
-            raise _unreachable(problem, target)
-        return best[2]
+        return None if best is None else best[2]
 
-    # A step to the next smaller width of a unit is scored by its damage per unit of budget that it frees. Steps of
-    # other units change what a step frees only slowly, so a step is scored again only when it comes to the top.
+    # A step to a smaller width of a unit is scored by its damage per unit of budget that it frees. Steps of other
+    # units change what a step frees only slowly, so a step is scored again only when it comes to the top.
     choice = {u: len(problem.options[u]) - 1 for u in units}
     spent = spend(problem.widths(choice))
+    step_to: dict[str, int] = {}
 
     def price(u: str) -> float:
         """Damage per budget of the best step down from here, over the next few widths (damage need not be convex)."""
@@ -430,29 +450,26 @@ def sensitive_widths(problem: WidthProblem, target: Target, damage: Mapping[str,
                 # Freeing more than is needed earns nothing.
                 rate = (damage[u][index] - damage[u][choice[u]]) / min(freed, spent - budget)
                 if rate < best:
-                    best, target_index[u] = rate, index
+                    best, step_to[u] = rate, index
         return best
 
-    target_index: dict[str, int] = {}
-    queue = [(price(u), n, u) for n, u in enumerate(units)] if spent > budget * (1 + 1e-9) else []
+    queue = [(price(u), n, u) for n, u in enumerate(units)] if spent > budget else []
     heapq.heapify(queue)
-    while spent > budget * (1 + 1e-9):
+    while spent > budget:
         _, n, unit = heapq.heappop(queue)
         fresh = price(unit)
         if queue and fresh > queue[0][0]:
             heapq.heappush(queue, (fresh, n, unit))
             continue
         if not math.isfinite(fresh):
-            if target.ratio is not None:
-                break
-            raise _unreachable(problem, target)
-        choice[unit] = target_index[unit]
+            return None
+        choice[unit] = step_to[unit]
         spent = spend(problem.widths(choice))
-        heapq.heappush(queue, (price(unit) if spent > budget * (1 + 1e-9) else math.inf, n, unit))
+        heapq.heappush(queue, (price(unit) if spent > budget else math.inf, n, unit))
     for u in sorted(units, key=lambda u: -damage[u][choice[u]]):
         for index in range(len(problem.options[u]) - 1, choice[u], -1):
             widths = problem.widths({**choice, u: index})
-            if problem.legal(widths) and spend(widths) <= budget * (1 + 1e-9):
+            if problem.legal(widths) and spend(widths) <= budget:
                 choice[u] = index
                 break
     return problem.widths(choice)

@@ -403,7 +403,7 @@ class _Run:
 
     def _source_of_images(self) -> str:
         if self.options.dataset != "self":
-            return str(self.options.dataset)
+            return Path(self.options.dataset).name  # a name, not a path of this machine
         return "the bundled model's own samples" if self.bundled else "the model's own samples"
 
     @property
@@ -445,6 +445,9 @@ class _Run:
                     self.unet, self.scheduler, images, n=o.calib_steps, mode=o.timesteps, target_steps=o.target_steps,
                     batch_size=o.batch_size, seed=o.seed, device=self.device, dtype=self.dtype,
                     backend=_backend_of("channel_sq_norm", o.backend), progress=self.progress,
+                    dataset=self._source_of_images(),
+                    # Maximum and median over the samples of a timestep need every sample's own row.
+                    rows="auto" if o.activation_strategy == "mean" else "sample",
                 )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------------------ plan
