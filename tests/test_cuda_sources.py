@@ -55,7 +55,8 @@ def emulated_source(text: str) -> str:
         (r"is_cuda\(\)", "is_cpu()"),
         (r"aoti_torch_device_type_cuda\(\)", "aoti_torch_device_type_cpu()"),
         (r"STABLE_TORCH_LIBRARY_IMPL\(wanda_fast, CUDA, m\)",
-         'STABLE_TORCH_LIBRARY(wanda_fast_emulated, m) { m.def("compact(Tensor[] tensors, Tensor?[] keep_out, Tensor?[] keep_in) -> Tensor[]"); }\n'
+         'STABLE_TORCH_LIBRARY(wanda_fast_emulated, m) { m.def("compact(Tensor[] tensors, Tensor?[] keep_out, Tensor?[] keep_in) -> Tensor[]"); '
+         'm.def("compact_shared(Tensor[] tensors, Tensor?[] keep_out, Tensor?[] keep_in) -> Tensor[]"); }\n'
          "STABLE_TORCH_LIBRARY_IMPL(wanda_fast_emulated, CPU, m)"),
     ]  # fmt: skip
     for pattern, new in replaced:
@@ -83,7 +84,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     torch.ops.load_library(str(library))
-    return torch.ops.wanda_fast_emulated.compact
+    return torch.ops.wanda_fast_emulated
 
 
 SHAPES = (
@@ -136,8 +137,15 @@ def test_gather_code_on_the_cpu(emulated: Any, dtype: torch.dtype) -> None:
                 keep_in.append(columns)
     tensors, keep_out, keep_in = tensors * 2, keep_out * 2, keep_in * 2
     assert sum(k is None or len(k) > 0 for k in keep_out) > 360  # more than the largest table holds
-    results = emulated(tensors, keep_out, keep_in)
-    for i, (got, want) in enumerate(zip(results, reference.compact(tensors, keep_out, keep_in), strict=True)):
+    wanted = reference.compact(tensors, keep_out, keep_in)
+    results = emulated.compact(tensors, keep_out, keep_in)
+    own = [r.untyped_storage().data_ptr() for r in results if r.numel()]
+    assert len(set(own)) == len(own)
+    shared = emulated.compact_shared(tensors, keep_out, keep_in)
+    ends = sorted((r.data_ptr(), r.data_ptr() + r.numel() * r.element_size()) for r in shared if r.numel())
+    assert all(end <= start for (_, end), (start, _) in zip(ends, ends[1:], strict=False))
+    for i, (got, also, want) in enumerate(zip(results, shared, wanted, strict=True)):
+        assert torch.equal(got, also) and got.stride() == also.stride()
         where = (tuple(tensors[i].shape), tensors[i].stride(), keep_out[i], keep_in[i])
         assert got.dtype == want.dtype and got.shape == want.shape, where
         assert got.numel() == 0 or got.stride() == want.stride(), where
@@ -149,7 +157,7 @@ def test_gather_code_on_the_cpu(emulated: Any, dtype: torch.dtype) -> None:
 def test_tables_of_every_capacity(emulated: Any, count: int) -> None:
     tensors = [torch.randn(6, 5) + i for i in range(count)]
     keep = torch.tensor([0, 2, 5])
-    results = emulated(tensors, [keep] * count, [None] * count)
+    results = emulated.compact_shared(tensors, [keep] * count, [None] * count)
     assert all(torch.equal(r, t[keep]) for r, t in zip(results, tensors, strict=True))
 
 
@@ -157,19 +165,19 @@ def test_tables_of_every_capacity(emulated: Any, count: int) -> None:
 def test_index_outside_stops_the_kernel(emulated: Any, bad: int) -> None:
     index = torch.tensor([0, bad])
     with pytest.raises(RuntimeError):
-        emulated([torch.randn(6, 6)], [index], [None])
+        emulated.compact([torch.randn(6, 6)], [index], [None])
     with pytest.raises(RuntimeError):
-        emulated([torch.randn(6, 6)], [None], [index])
+        emulated.compact([torch.randn(6, 6)], [None], [index])
 
 
 def test_wrong_arguments_name_themselves(emulated: Any) -> None:
     t = torch.randn(4, 4)
     with pytest.raises(RuntimeError):
-        emulated([t], [torch.zeros(2)], [None])
+        emulated.compact([t], [torch.zeros(2)], [None])
     with pytest.raises(RuntimeError):
-        emulated([t[0]], [None], [torch.tensor([0])])
+        emulated.compact([t[0]], [None], [torch.tensor([0])])
     with pytest.raises(RuntimeError):
-        emulated([t], [], [None])
+        emulated.compact([t], [], [None])
 
 
 def on_gpu(t: Tensor | None) -> Tensor | None:

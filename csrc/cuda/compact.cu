@@ -28,19 +28,9 @@ using torch::stable::Tensor;
 
 constexpr int kThreads = 256;
 constexpr int kVectorBytes = 16;
-// Rows one thread copies. With 16 bytes per row a block moves 32 KiB, long enough to pay for its column map.
-#ifndef WF_ROWS
-#define WF_ROWS 8
-#endif
-#ifndef WF_AHEAD
-#define WF_AHEAD 8
-#endif
-#ifndef WF_BLOCKS
-#define WF_BLOCKS 4
-#endif
-constexpr int kRowsPerThread = WF_ROWS;
+// Rows one thread copies. With 16 bytes per row a block moves 32 KiB, long enough to pay for its column map; 4 and 16 rows were slower.
+constexpr int kRowsPerThread = 8;
 constexpr int kMaxRows = 512;  // of a block: their offsets are in shared memory
-constexpr int kRowsAhead = WF_AHEAD;
 
 // One tensor seen as [rows, outer, channels, inner] words: inner > 1 for contiguous convolution weights, outer > 1 for channels-last ones.
 struct Gather {
@@ -160,9 +150,9 @@ __device__ __forceinline__ void copy_rows(const Gather& g, int32_t local, int32_
     return;
   }
 
-  // Columns of one thread at a time: bytes take two passes, so that their offsets stay in registers. At least eight loads are in flight.
+  // Columns of one thread at a time: bytes take two passes, so that their offsets stay in registers. Up to 16 loads are in flight.
   constexpr int kColumns = kWords < 8 ? kWords : 8;
-  constexpr int kAhead = kColumns < 4 ? 4 : 2 * kRowsAhead / kColumns;
+  constexpr int kAhead = kColumns < 4 ? 4 : 16 / kColumns;
   for (int pass = 0; pass < kWords; pass += kColumns) {
     const int32_t start = lane + pass * width;
     int32_t offset[kColumns];
@@ -193,7 +183,7 @@ __device__ __forceinline__ void copy_rows(const Gather& g, int32_t local, int32_
 }
 
 template <int kCapacity>
-__global__ void __launch_bounds__(kThreads, WF_BLOCKS) compact_kernel(const __grid_constant__ Table<kCapacity> table) {
+__global__ void __launch_bounds__(kThreads, 4) compact_kernel(const __grid_constant__ Table<kCapacity> table) {
   const int32_t block = static_cast<int32_t>(blockIdx.x);
   int low = 0, high = table.count - 1;  // the last descriptor whose first block is not after this one
   while (low < high) {
@@ -261,9 +251,9 @@ constexpr int64_t kAlign = 512;
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
-// An allocation takes the host microseconds, more than the copy of a small tensor, so the small results of one dtype share one: they do not overlap
-// and are no views of each other, and the memory is freed when the last of them is.
-std::vector<Tensor> allocate(const std::vector<Result>& results, int32_t device) {
+// An allocation takes the host microseconds, more than the copy of a small tensor. With `shared` the small results of one dtype are cut from one:
+// they do not overlap and are no views of each other, and the memory is freed when the last of them is.
+std::vector<Tensor> allocate(const std::vector<Result>& results, int32_t device, bool shared) {
   struct Block {
     int32_t dtype;
     int64_t tensors, bytes, used;
@@ -275,7 +265,7 @@ std::vector<Tensor> allocate(const std::vector<Result>& results, int32_t device)
       if (b.dtype == r.dtype) return b;
     return blocks.emplace_back(Block{r.dtype, 0, 0, 0, std::nullopt});
   };
-  const auto small = [](const Result& r) { return r.bytes > 0 && r.bytes <= kSmallBytes; };
+  const auto small = [shared](const Result& r) { return shared && r.bytes > 0 && r.bytes <= kSmallBytes; };
   for (const Result& r : results) {
     if (!small(r)) continue;
     Block& b = block_of(r);
@@ -311,8 +301,8 @@ size_t table_capacity() {
   return capacity;
 }
 
-std::vector<Tensor> compact(std::vector<Tensor> tensors, std::vector<std::optional<Tensor>> keep_out,
-                            std::vector<std::optional<Tensor>> keep_in) {
+std::vector<Tensor> gather(std::vector<Tensor>& tensors, std::vector<std::optional<Tensor>>& keep_out,
+                           std::vector<std::optional<Tensor>>& keep_in, bool shared) {
   const size_t count = tensors.size();
   STD_TORCH_CHECK(keep_out.size() == count && keep_in.size() == count, "keep_out and keep_in: must have one entry per tensor, ",
                   count, "; they have ", keep_out.size(), " and ", keep_in.size());
@@ -427,7 +417,7 @@ std::vector<Tensor> compact(std::vector<Tensor> tensors, std::vector<std::option
     jobs.push_back(g);
   }
 
-  std::vector<Tensor> tensors_out = allocate(results, device);
+  std::vector<Tensor> tensors_out = allocate(results, device, shared);
   for (size_t i = 0; i < count; ++i)
     if (results[i].job >= 0) jobs[results[i].job].dst = static_cast<char*>(tensors_out[i].mutable_data_ptr());
 
@@ -454,7 +444,21 @@ std::vector<Tensor> compact(std::vector<Tensor> tensors, std::vector<std::option
   return tensors_out;
 }
 
+std::vector<Tensor> compact(std::vector<Tensor> tensors, std::vector<std::optional<Tensor>> keep_out,
+                            std::vector<std::optional<Tensor>> keep_in) {
+  return gather(tensors, keep_out, keep_in, false);
+}
+
+// The same for eager code: results may lie in one allocation, which an operation that takes part in compilation must not return.
+std::vector<Tensor> compact_shared(std::vector<Tensor> tensors, std::vector<std::optional<Tensor>> keep_out,
+                                   std::vector<std::optional<Tensor>> keep_in) {
+  return gather(tensors, keep_out, keep_in, true);
+}
+
 }  // namespace
 }  // namespace wanda_fast
 
-STABLE_TORCH_LIBRARY_IMPL(wanda_fast, CUDA, m) { m.impl("compact", TORCH_BOX(&wanda_fast::compact)); }
+STABLE_TORCH_LIBRARY_IMPL(wanda_fast, CUDA, m) {
+  m.impl("compact", TORCH_BOX(&wanda_fast::compact));
+  m.impl("compact_shared", TORCH_BOX(&wanda_fast::compact_shared));
+}

@@ -1,0 +1,152 @@
+"""bench.py: refuses wrong results, its JSON and tables, and that README and committed results agree."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import channel_sq_norm, compact, harness, main, published, table, wanda_score
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "h200.json"
+CPU = torch.device("cpu")
+REQUIRED = {
+    "op", "case", "dtype", "layout", "backend", "ms", "ms_p20", "ms_p80", "gbps", "copy_fraction", "peak_mib",
+    "speedup_vs_reference", "speedup_vs_compile", "speedup_vs_published",
+}  # fmt: skip
+
+
+def tiny_case(**changes: Any) -> harness.Case:
+    def make(generator: torch.Generator) -> tuple[torch.Tensor]:
+        return (torch.rand(64, generator=generator) + 1,)
+
+    fields: dict[str, Any] = {
+        "op": "double", "case": "tiny", "dtype": "fp32", "layout": "contiguous", "bytes": 512, "make": make,
+        "truth": lambda x: x.double() * 2, "candidates": {"reference": lambda x: x * 2, "ours": lambda x: x + x},
+    }  # fmt: skip
+    return harness.Case(**fields | changes)
+
+
+def run_tiny(case: harness.Case) -> dict[str, dict[str, Any]]:
+    rows = harness.run_case(case, CPU, 10.0, seed=0, quick=True, with_compile=False, budget_s=0.001)
+    return {row["backend"]: row for row in rows}
+
+
+def test_rows_hold_what_they_must() -> None:
+    rows = run_tiny(tiny_case())
+    for row in rows.values():
+        assert row.keys() >= REQUIRED
+        assert 0 < row["ms_p20"] <= row["ms"] <= row["ms_p80"]
+        assert row["copy_fraction"] == pytest.approx(row["gbps"] / 10)
+    assert rows["ours"]["speedup_vs_reference"] == pytest.approx(rows["reference"]["ms"] / rows["ours"]["ms"])
+    assert rows["ours"]["speedup_vs_compile"] is None and rows["reference"]["speedup_vs_reference"] is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda x: x * 2.01, lambda x: torch.full_like(x, float("nan")), lambda x: x[:10] * 2, lambda x: (x * 2, x)],
+    ids=["values", "nan", "shape", "count"],
+)
+def test_a_wrong_result_gets_no_time(wrong: Any) -> None:
+    rows = run_tiny(tiny_case(candidates={"reference": lambda x: x * 2, "ours": wrong}))
+    assert "wrong result" in rows["ours"]["error"] and "ms" not in rows["ours"]
+    assert "ms" in rows["reference"]
+    assert "wrong result" in table.text(list(rows.values()))
+
+
+def test_exact_cases_accept_no_rounding() -> None:
+    case = tiny_case(exact=True, truth=lambda x: x * 2, candidates={"reference": lambda x: x * 2, "ours": lambda x: x * 2 + 1e-6})
+    assert "error" in run_tiny(case)["ours"]
+
+
+def test_a_changed_argument_is_fresh_for_each_check() -> None:
+    """Without copies the second candidate would start from the first one's result."""
+
+    def make(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.rand(4, generator=generator), torch.zeros(4)
+
+    def add(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return out.add_(x)
+
+    case = tiny_case(make=make, truth=lambda x, out: out.double() + x, candidates={"reference": add, "ours": add}, mutates=(1,))
+    assert all("error" not in row for row in run_tiny(case).values())
+
+
+@pytest.mark.parametrize("module", [channel_sq_norm, wanda_score, compact], ids=lambda m: m.OP)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("size", ["quick", "default", "full"])
+def test_cases_are_described_once(module: Any, device: str, size: str) -> None:
+    found = module.cases(torch.device(device), size)
+    keys = [(c.case, c.dtype, c.layout) for c in found]
+    assert found and len(set(keys)) == len(keys)
+    assert all(c.op == module.OP and c.bytes > 0 and "reference" in c.candidates and "published" in c.candidates for c in found)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 6, 3), (2, 3)])
+def test_published_norm_is_the_square_root_of_ours(shape: tuple[int, ...]) -> None:
+    from wanda_fast import reference
+
+    x = torch.randn(shape)
+    channels = shape[1] if len(shape) == 4 else shape[-1]
+    ours = reference.channel_sq_norm(x, torch.arange(shape[0]), torch.zeros(shape[0], channels))
+    torch.testing.assert_close(published.activation_norm(x), ours.sqrt())
+
+
+def test_program_writes_compares_and_draws(tmp_path: Path) -> None:
+    out, picture = tmp_path / "a.json", tmp_path / "a.png"
+    arguments = ["--quick", "--device", "cpu", "--op", "wanda_score", "--no-compile"]
+    done = subprocess.run(
+        [sys.executable, "bench.py", *arguments, "--out", str(out), "--chart", str(picture)], cwd=ROOT, capture_output=True, text=True, timeout=250
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert result["env"]["seed"] == 0 and result["env"]["copy_gbps"] > 0
+    assert all(row.keys() >= REQUIRED for row in result["rows"])
+    assert picture.stat().st_size > 1000
+    assert "wanda_score" in table.comparison(result, result) and "+0.0%" in table.comparison(result, result)
+
+
+@pytest.mark.parametrize(
+    "arguments,text",
+    [
+        (["--device", "nonsense"], "no device"),
+        (["--device", "meta"], "only cpu and cuda"),
+        (["--out", "no/such/folder/x.json"], "folder does not exist"),
+        (["--compare", "no_such_file.json"], "cannot read"),
+        (["--op", "nothing"], "invalid choice"),
+        (["--quick", "--full"], "not allowed"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_code_2(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main.main(arguments)
+    assert stop.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+def test_committed_results_are_whole() -> None:
+    result = json.loads(RESULTS.read_text())
+    assert {"gpu", "driver", "torch", "triton", "python", "commit", "seed", "copy_gbps"} <= result["env"].keys()
+    assert result["env"]["gpu"] == "NVIDIA H200"
+    assert {row["op"] for row in result["rows"]} >= {"channel_sq_norm", "wanda_score", "compact", "calibration_step", "whole_prune"}
+    assert all("error" not in row and row.keys() >= REQUIRED for row in result["rows"])
+    assert all("overhead" in row for row in result["rows"] if row["op"] == "calibration_step")
+    assert "/" not in "".join(str(v) for v in result["env"].values())
+
+
+def test_readme_table_is_made_from_the_results() -> None:
+    readme = (ROOT / "README.md").read_text()
+    made = table.insert(readme, table.markdown(json.loads(RESULTS.read_text())))
+    assert made == readme, "run: python -m benchmarks.table"
+
+
+def test_insert_needs_its_markers() -> None:
+    with pytest.raises(ValueError, match="must hold"):
+        table.insert("no markers", "x")
+    assert table.insert(f"a\n{table.BEGIN}\nold\n{table.END}\nb", "new") == f"a\n{table.BEGIN}\nnew\n{table.END}\nb"
