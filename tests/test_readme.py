@@ -1,6 +1,7 @@
 """What README.md and the guide promise: their snippets run, their commands parse, their tables are those of the program.
 
-`python tests/test_readme.py` writes the guide's table of parameters anew.
+`python tests/test_readme.py` writes the guide's table of parameters anew; `python tests/test_readme.py OUTPUT FOLDER` puts what the first
+command printed (a text file) and its pictures (the folder it wrote) in their places too.
 """
 
 from __future__ import annotations
@@ -8,12 +9,14 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from runs import one_thread as one_thread
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -24,6 +27,7 @@ from wanda_fast.cli.parser import Parser  # noqa: E402
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 TEXTS = {"README.md": README, "docs/guide.md": GUIDE}
+OUTPUT, OUTPUT_END = "<!-- output:run -->\n", "<!-- output:end -->"
 BEGIN, END = "<!-- table:parameters -->\n", "<!-- table:end -->"
 
 
@@ -104,7 +108,7 @@ def test_ci_runs_the_command_of_the_readme():
 
 
 def test_readme_shows_the_output_of_the_command():
-    output = README.split("<!-- output:run -->")[1].split("<!-- output:end -->")[0]
+    output = README.split(OUTPUT)[1].split(OUTPUT_END)[0]
     for words in ("model: ddpm-cifar10-small (bundled", "device: ", "parameters", "SSIM", "asked: ratio 0.3", "open it with"):
         assert words in output
     assert "/tmp" not in output and "/home" not in output
@@ -135,6 +139,17 @@ def test_pictures_are_small():
         assert min(Image.open(file).size) >= 200
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> None:
     head, rest = GUIDE.split(BEGIN)
     (ROOT / "docs" / "guide.md").write_text(head + BEGIN + parameter_table() + END + rest.split(END)[1], encoding="utf-8")
+    if arguments:
+        printed, folder = Path(arguments[0]), Path(arguments[1])
+        head, rest = README.split(OUTPUT)
+        text = f"{head}{OUTPUT}```text\n{printed.read_text(encoding='utf-8').strip()}\n```\n{OUTPUT_END}{rest.split(OUTPUT_END)[1]}"
+        (ROOT / "README.md").write_text(text, encoding="utf-8")
+        for which in ("before", "after"):
+            shutil.copyfile(folder / "vis" / f"{which}_pruning.png", ROOT / "docs" / f"{which}_pruning.png")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
