@@ -379,6 +379,9 @@ def sensitive_widths(
 ) -> dict[str, int]:
     """Widths of least summed damage under the target.
 
+    A ratio r asks for two things: at least the share r of all channels goes, and of the MACs. (Channels alone would be
+    taken where they cost least, in the deep levels, which make a network small but hardly faster.)
+
     Few units (the levels of the stock layout) are searched completely. Many units (slots of the free layout) are cut
     greedily, each step the one of least damage per unit of budget that it frees; a final pass gives widths back where
     the budget still has room.
@@ -413,49 +416,49 @@ def _least_damage(
 ) -> dict[str, int] | None:
     """The search of `sensitive_widths` among all options of a problem; None where the target cannot be met."""
 
-    def spend(widths: dict[str, int]) -> float:
-        if target.ratio is not None:
-            return (1 - problem.removed(widths)) * problem.channels
-        params, macs = problem.sizes(widths)
-        return float(macs if target.macs is not None else params)
+    dense_macs = problem.sizes({})[1]
 
-    budget = float(
-        (1 - target.ratio) * problem.channels if target.ratio is not None else target.macs or target.params or 0
-    ) * (1 + 1e-9)
+    def excess(widths: dict[str, int]) -> float:
+        """How far the widths are over what is allowed, 0 where they fit."""
+        params, macs = problem.sizes(widths)
+        if target.ratio is None:
+            return max(0.0, macs / target.macs - 1 if target.macs is not None else params / (target.params or 1) - 1)
+        channels = max(0.0, target.ratio - problem.removed(widths) - 1e-9)
+        return channels + max(0.0, macs / dense_macs - (1 - target.ratio))
+
     units = list(problem.options)
     if math.prod(len(problem.options[u]) for u in units) <= 20_000:
-        best: tuple[float, float, dict[str, int]] | None = None
+        best: tuple[float, int, dict[str, int]] | None = None
         for combination in itertools.product(*(range(len(problem.options[u])) for u in units)):
             harm = sum(damage[u][i] for u, i in zip(units, combination))
             if best is not None and harm > best[0]:
                 continue
             widths = problem.widths(dict(zip(units, combination)))
-            spent = spend(widths)
-            if spent <= budget and (best is None or (harm, -spent) < best[:2]) and problem.legal(widths):
-                best = (harm, -spent, widths)
+            rank = (harm, -problem.sizes(widths)[1])
+            if (best is None or rank < best[:2]) and excess(widths) == 0 and problem.legal(widths):
+                best = (*rank, widths)
         return None if best is None else best[2]
 
-    # A step to a smaller width of a unit is scored by its damage per unit of budget that it frees. Steps of other
-    # units change what a step frees only slowly, so a step is scored again only when it comes to the top.
+    # A step to a smaller width of a unit is scored by its damage per unit of excess that it takes away. Steps of other
+    # units change what a step saves only slowly, so a step is scored again only when it comes to the top.
     choice = {u: len(problem.options[u]) - 1 for u in units}
-    spent = spend(problem.widths(choice))
+    over = excess(problem.widths(choice))
     step_to: dict[str, int] = {}
 
     def price(u: str) -> float:
-        """Damage per budget of the best step down from here, over the next few widths (damage need not be convex)."""
-        best = math.inf
+        """Damage per saving of the best step down from here, over the next few widths (damage need not be convex)."""
+        cheapest = math.inf
         for index in range(choice[u] - 1, max(choice[u] - 4, -1), -1):
-            freed = spent - spend(problem.widths({**choice, u: index}))
-            if freed > 0:
-                # Freeing more than is needed earns nothing.
-                rate = (damage[u][index] - damage[u][choice[u]]) / min(freed, spent - budget)
-                if rate < best:
-                    best, step_to[u] = rate, index
-        return best
+            saved = over - excess(problem.widths({**choice, u: index}))
+            if saved > 0:
+                rate = (damage[u][index] - damage[u][choice[u]]) / saved
+                if rate < cheapest:
+                    cheapest, step_to[u] = rate, index
+        return cheapest
 
-    queue = [(price(u), n, u) for n, u in enumerate(units)] if spent > budget else []
+    queue = [(price(u), n, u) for n, u in enumerate(units)] if over > 0 else []
     heapq.heapify(queue)
-    while spent > budget:
+    while over > 0:
         _, n, unit = heapq.heappop(queue)
         fresh = price(unit)
         if queue and fresh > queue[0][0]:
@@ -464,12 +467,12 @@ def _least_damage(
         if not math.isfinite(fresh):
             return None
         choice[unit] = step_to[unit]
-        spent = spend(problem.widths(choice))
-        heapq.heappush(queue, (price(unit) if spent > budget else math.inf, n, unit))
+        over = excess(problem.widths(choice))
+        heapq.heappush(queue, (price(unit) if over > 0 else math.inf, n, unit))
     for u in sorted(units, key=lambda u: -damage[u][choice[u]]):
         for index in range(len(problem.options[u]) - 1, choice[u], -1):
             widths = problem.widths({**choice, u: index})
-            if problem.legal(widths) and spend(widths) <= budget:
+            if problem.legal(widths) and excess(widths) == 0:
                 choice[u] = index
                 break
     return problem.widths(choice)

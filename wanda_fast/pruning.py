@@ -53,7 +53,8 @@ class PruneOptions:
     """Everything that can be asked of `prune`; the command line has a flag for each.
 
     Attributes:
-        ratio: share of all channels that is removed, 0 ≤ ratio < 1. Used when no budget is given.
+        ratio: share of all channels that is removed, 0 ≤ ratio < 1; the split "sensitivity" takes at least this share
+            of the MACs as well. Used when no budget is given.
         target_macs: MACs budget, a number ("3.4G") or a share of the dense network's ("56%").
         target_params: parameter budget, likewise.
         pruner: name of a criterion, see `wanda_fast.importance`.
@@ -70,7 +71,7 @@ class PruneOptions:
         time_strategy, activation_strategy, target_steps: see `wanda_fast.stats`.
         repair: "lstsq" refits the remaining layers in closed form, "bias" folds the mean of what was removed,
             "none" leaves plain pruning.
-        repair_images: noised images of the repair; None for 512 on a CPU and 2048 on a GPU.
+        repair_images: noised images of the repair; None for 256 on a CPU and 2048 on a GPU.
         load_stats: file of saved statistics, used instead of a calibration.
         plan: file of a saved plan that is replayed.
         device: "cuda", "cpu", …; None for a GPU if there is one.
@@ -411,7 +412,7 @@ class _Run:
         """Noised images that the repair uses."""
         if self.options.repair_images is not None:
             return self.options.repair_images
-        return 2048 if self.device.type == "cuda" else 512
+        return 2048 if self.device.type == "cuda" else 256
 
     def batches(self, n: int, seed_offset: int = 0) -> Callable[[], Iterable[Any]]:
         """A function that yields the same (x_t, t, labels) batches each time it is called."""

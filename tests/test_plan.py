@@ -1,0 +1,267 @@
+"""Legal widths, targets, the choice of channels, and plan files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import CIFAR32, CONFIGS, WIDE256, random_unet
+
+from wanda_fast.compact import cost_model, new_unet, prepared_copy
+from wanda_fast.errors import UserError
+from wanda_fast.plan import (
+    PruningPlan,
+    Target,
+    WidthProblem,
+    build_plan,
+    free_problem,
+    norm_block,
+    select,
+    sensitive_widths,
+    stock_problem,
+    uniform_widths,
+)
+from wanda_fast.pruning import parse_budget
+from wanda_fast.slots import find_slots, identity_shortcuts
+
+
+def problem_of(config: dict, layout: str, policy: str, *, shortcuts: bool = False, align: int = 16) -> WidthProblem:
+    unet = new_unet(config)
+    if shortcuts:
+        unet = prepared_copy(unet, identity_shortcuts(unet))
+    slots = find_slots(unet)
+    costs = cost_model(unet, slots)
+    if layout == "stock":
+        return stock_problem(slots, costs, unet.config, policy, align, 8)
+    return free_problem(slots, costs, policy, align, 8)
+
+
+def level_widths(problem: WidthProblem, widths: dict[str, int]) -> list[int]:
+    found = []
+    for level in range(problem.slots.levels):
+        values = {widths.get(n, s.width) for n, s in problem.slots.slots.items() if level in s.levels}
+        assert len(values) == 1
+        found.append(values.pop())
+    return found
+
+
+def quadratic_damage(problem: WidthProblem) -> dict[str, list[float]]:
+    return {
+        u: [(1 - sum(o.values()) / sum(options[-1].values())) ** 2 for o in options]
+        for u, options in problem.options.items()
+    }
+
+
+def test_published_target_lands_on_the_published_widths() -> None:
+    """3.41 GMACs of the google/ddpm-cifar10-32 architecture, uniform: (96, 192, 192, 192), at or just under."""
+    problem = problem_of(CIFAR32, "stock", "balanced")
+    widths = uniform_widths(problem, Target(macs=3_410_000_000))
+    assert level_widths(problem, widths) == [96, 192, 192, 192]
+    _, macs = problem.sizes(widths)
+    assert 3.40e9 < macs <= 3.41e9
+
+
+@pytest.mark.parametrize("policy", ["balanced", "free"])
+@pytest.mark.parametrize("layout", ["stock", "free"])
+@pytest.mark.parametrize("split", ["uniform", "sensitivity"])
+@pytest.mark.parametrize(("config", "share"), [(CIFAR32, 0.8), (WIDE256, 0.56)], ids=["cifar32", "wide256"])
+def test_budgets_are_met_and_used(config: dict, split: str, layout: str, policy: str, share: float) -> None:
+    problem = problem_of(config, layout, policy, shortcuts=split == "sensitivity" and layout == "stock")
+    dense_params, dense_macs = problem.sizes({})
+    for target, which in ((Target(macs=int(share * dense_macs)), 1), (Target(params=int(share * dense_params)), 0)):
+        if split == "uniform":
+            widths = uniform_widths(problem, target)
+        else:
+            widths = sensitive_widths(problem, target, quadratic_damage(problem))
+        budget = target.macs or target.params or 0
+        assert (0.55 if policy == "free" else 0.2) * budget <= problem.sizes(widths)[which] <= budget
+        assert problem.legal(widths)
+
+
+def test_free_layout_uses_the_budget_closely() -> None:
+    problem = problem_of(CIFAR32, "free", "balanced", align=8)
+    widths = sensitive_widths(problem, Target(macs=3_410_000_000), quadratic_damage(problem))
+    assert 0.99 * 3.41e9 < problem.sizes(widths)[1] <= 3.41e9
+
+
+def test_complete_and_greedy_search_agree_where_both_are_possible() -> None:
+    """The greedy search of many units is at most a few per cent worse than the complete one, on a problem of few."""
+    problem = problem_of(CIFAR32, "stock", "free", shortcuts=True, align=32)
+    damage = quadratic_damage(problem)
+    target = Target(macs=int(0.6 * problem.sizes({})[1]))
+    complete = sensitive_widths(problem, target, damage)
+
+    def harm(widths: dict[str, int]) -> float:
+        return sum(
+            damage[u][next(i for i, o in enumerate(options) if all(widths[n] == c for n, c in o.items()))]
+            for u, options in problem.options.items()
+        )
+
+    uniform = uniform_widths(problem, target)
+    assert harm(complete) <= harm(uniform)
+
+
+def test_sensitive_units_keep_their_width() -> None:
+    problem = problem_of(CIFAR32, "stock", "free", shortcuts=True)
+    damage = quadratic_damage(problem)
+    damage["level 0"] = [1e6 * d for d in damage["level 0"]]
+    widths = sensitive_widths(problem, Target(ratio=0.3), damage)
+    assert level_widths(problem, widths)[0] == 128
+    assert problem.removed(widths) >= 0.3
+
+
+@pytest.mark.parametrize("asked", [0.0, 0.1, 0.25, 0.3, 0.5])
+def test_uniform_ratio_is_the_nearest_legal_one(asked: float) -> None:
+    problem = problem_of(CIFAR32, "free", "free", align=8)
+    assert problem.removed(uniform_widths(problem, Target(ratio=asked))) == pytest.approx(asked, abs=1 / 32)
+
+
+def test_unreachable_budget_names_the_smallest_network() -> None:
+    problem = problem_of(CIFAR32, "stock", "free", shortcuts=True)
+    for choose in (uniform_widths, lambda p, t: sensitive_widths(p, t, quadratic_damage(p))):
+        with pytest.raises(UserError, match="cannot be reached: the smallest legal network"):
+            choose(problem, Target(macs=1_000_000))
+
+
+def test_levels_of_different_width_stay_different() -> None:
+    """Stock diffusers drops a conv_shortcut where both sides are equal, so (128, 128, …) is not legal there."""
+    problem = problem_of(CIFAR32, "stock", "free", shortcuts=True)
+    choice = {u: len(o) - 1 for u, o in problem.options.items()}
+    options = problem.options["level 1"]
+    choice["level 1"] = next(i for i, o in enumerate(options) if set(o.values()) == {128})
+    assert not problem.legal(problem.widths(choice))
+
+
+def test_block_is_the_gcd_of_all_norms_that_see_a_slot() -> None:
+    slots = find_slots(new_unet(CIFAR32))
+    assert norm_block(slots, "conv_in") == 4
+    assert norm_block(slots, "down_blocks.1.resnets.0.conv1") == 8
+    assert norm_block(slots, "up_blocks.0.resnets.2.conv2") == 256  # no norm sees it
+
+
+def test_groups_policy_removes_whole_groups() -> None:
+    unet = random_unet("plain")
+    slots = find_slots(unet)
+    problem = free_problem(slots, cost_model(unet, slots), "groups", 4, 4)
+    widths = uniform_widths(problem, Target(ratio=0.3))
+    scores = {n: torch.rand(s.width) for n, s in slots.slots.items()}
+    plan = build_plan(slots, widths, scores, unet.config, layout="free", norm_policy="groups")
+    checked = 0
+    for norm, (groups, channels) in slots.norms.items():
+        size = channels // groups
+        kept = torch.cat([plan.keep[s.slot] + s.offset for s in slots.inputs[norm]])
+        if len(kept) < channels:
+            counts = torch.bincount(kept // size, minlength=groups)
+            assert set(counts.tolist()) <= {0, size}, norm
+            assert plan.norm_groups[norm] == int((counts > 0).sum())
+            checked += 1
+    assert checked >= 3
+
+
+def test_ties_go_to_the_lower_index() -> None:
+    assert select(torch.ones(8), 4).tolist() == [0, 1, 2, 3]
+    assert select(torch.ones(8), 4, block=4).tolist() == [0, 1, 4, 5]
+    assert select(torch.ones(8), 4, unit=2).tolist() == [0, 1, 2, 3]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 8), st.integers(0, 2**32 - 1), st.data())
+def test_selection_keeps_the_best_of_every_block(blocks: int, block: int, seed: int, data: st.DataObject) -> None:
+    per_block = data.draw(st.integers(1, block))
+    score = torch.rand(blocks * block, generator=torch.Generator().manual_seed(seed))
+    keep = select(score, blocks * per_block, block=block)
+    assert torch.equal(keep, keep.sort().values) and len(set(keep.tolist())) == blocks * per_block
+    kept = torch.zeros(blocks * block, dtype=torch.bool).index_fill(0, keep, True).view(blocks, block)
+    for row, values in zip(kept, score.view(blocks, block)):
+        assert int(row.sum()) == per_block
+        if per_block < block:
+            assert values[row].min() >= values[~row].max()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=12))
+def test_any_text_is_a_budget_or_a_plain_refusal(text: str) -> None:
+    try:
+        assert parse_budget(text, 10**9) >= 0
+    except UserError as error:
+        assert "\n" not in str(error).replace(text, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("3.4G", 3_400_000_000), ("20M", 20_000_000), ("56%", 560_000_000), ("1500", 1500), ("2k", 2000)]
+)
+def test_budgets(text: str, value: int) -> None:
+    assert parse_budget(text, 10**9) == value
+
+
+@pytest.mark.parametrize("text", ["", "G", "-3G", "0", "0%", "101%", "nan", "inf", "3.4Q", "1e400"])
+def test_bad_budgets(text: str) -> None:
+    with pytest.raises(UserError):
+        parse_budget(text, 10**9)
+
+
+def small_plan() -> PruningPlan:
+    unet = random_unet("plain")
+    slots = find_slots(unet)
+    problem = stock_problem(slots, cost_model(unet, slots), unet.config, "free", 4, 4)
+    scores = {n: torch.rand(s.width) for n, s in slots.slots.items()}
+    widths = uniform_widths(problem, Target(ratio=0.3))
+    return build_plan(slots, widths, scores, unet.config, layout="stock", norm_policy="free")
+
+
+def test_plan_files_repeat_the_plan(tmp_path: Path) -> None:
+    plan = small_plan()
+    plan.save(tmp_path / "plan.json")
+    again = PruningPlan.load(tmp_path / "plan.json")
+    assert again.to_dict() == plan.to_dict()
+    (tmp_path / "pruning.json").write_text(json.dumps({"plan": plan.to_dict()}))
+    assert PruningPlan.load(tmp_path / "pruning.json").to_dict() == plan.to_dict()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: d.pop("slots"),
+        lambda d: d.update(format="other"),
+        lambda d: d["slots"].update({next(iter(d["slots"])): [3, 1]}),
+        lambda d: d["slots"].update({next(iter(d["slots"])): [-1, 1]}),
+        lambda d: d["slots"].update({next(iter(d["slots"])): []}),
+        lambda d: d["slots"].update({next(iter(d["slots"])): [0.5]}),
+        lambda d: d["slots"].update({next(iter(d["slots"])): [10**40]}),
+        lambda d: d.update(norm_groups={"a": "many"}),
+        lambda d: d.update(layout="other"),
+        lambda d: d.update(config=3),
+    ],
+)
+def test_damaged_plans_are_refused(damage) -> None:
+    data = json.loads(json.dumps(small_plan().to_dict()))
+    damage(data)
+    with pytest.raises(UserError):
+        PruningPlan.from_dict(data)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 255), st.booleans())
+def test_flipped_and_truncated_plan_files_end_in_a_refusal_or_a_plan(
+    tmp_path_factory: pytest.TempPathFactory, where: int, value: int, cut: bool
+) -> None:
+    raw = bytearray(json.dumps(small_plan().to_dict()).encode())
+    where %= len(raw)
+    raw = raw[:where] if cut else raw[:where] + bytes([value]) + raw[where + 1 :]
+    path = tmp_path_factory.mktemp("plans") / "plan.json"
+    path.write_bytes(raw)
+    try:
+        assert PruningPlan.load(path).keep
+    except UserError:
+        pass
+
+
+def test_every_configuration_has_a_legal_stock_and_free_problem() -> None:
+    for name in CONFIGS:
+        for layout in ("stock", "free"):
+            problem = problem_of(CONFIGS[name], layout, "free", align=4)
+            assert problem.legal(uniform_widths(problem, Target(ratio=0.25)))
