@@ -135,7 +135,16 @@ def rows(device: torch.device, size: str, seed: int) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def _mode_rows(
-    network: nn.Module, x: Tensor, t: Tensor, dtype: str, layout: str, device: torch.device, ops: Any, backend: str, seconds: float, on_gpu: bool
+    network: nn.Module,
+    x: Tensor,
+    t: Tensor,
+    dtype: str,
+    layout: str,
+    device: torch.device,
+    ops: Any,
+    backend: str,
+    seconds: float,
+    on_gpu: bool,
 ) -> list[dict[str, Any]]:
     def plain() -> None:
         network(x, t, return_dict=False)
@@ -146,7 +155,9 @@ def _mode_rows(
     shared = {id(p): p for p in [*network.parameters(), *network.buffers()]}
     hooked_network = copy.deepcopy(network, memo=dict(shared))
     published_network = copy.deepcopy(network, memo=dict(shared))
-    hooks = TableHooks(hooked_network, x.shape[0], device, lambda a, r, o: ops.channel_sq_norm(a, r, o, backend=backend))
+    hooks = TableHooks(
+        hooked_network, x.shape[0], device, lambda a, r, o: ops.channel_sq_norm(a, r, o, backend=backend)
+    )
     norms = published.NormHooks(published_network)
 
     def ours() -> None:
@@ -177,9 +188,14 @@ def _mode_rows(
                 "ms": median, "ms_p20": low, "ms_p80": high, "overhead": None if name == "plain" else overhead,
                 "overhead_of_medians": None if name == "plain" else median / base - 1, "rel_error": error if name == backend else None,
                 "gbps": None, "copy_fraction": None, "peak_mib": None,
-                **{f"speedup_vs_{b}": statistics.median(samples[b]) / median if b in samples and b != name else None for b in ("reference", "compile", "published")},
+                **{
+                    f"speedup_vs_{b}": statistics.median(samples[b]) / median if b in samples and b != name else None
+                    for b in ("reference", "compile", "published")
+                },
             })  # fmt: skip
-            log(f"  {found[-1]['case']} {dtype} {layout} {name}: {median:.3f} ms, overhead {found[-1]['overhead'] or 0:+.1%}")
+            log(
+                f"  {found[-1]['case']} {dtype} {layout} {name}: {median:.3f} ms, overhead {found[-1]['overhead'] or 0:+.1%}"
+            )
     hooks.remove()
     norms.remove()
     return found
@@ -189,9 +205,12 @@ def _table_error(network: nn.Module, x: Tensor, t: Tensor, hooks: TableHooks) ->
     """Relative error of two tables after one step against float64 sums of the inputs that the layers really see."""
     seen: dict[str, Tensor] = {}
     modules = dict(network.named_modules())
-    names = [n for n in hooks.tables if n.endswith(("conv1", "to_out.0", "conv_out"))][:: max(1, len(hooks.tables) // 8)]
+    names = [n for n in hooks.tables if n.endswith(("conv1", "to_out.0", "conv_out"))][
+        :: max(1, len(hooks.tables) // 8)
+    ]
     handles = [
-        modules[n].register_forward_pre_hook(lambda _m, inputs, n=n: seen.__setitem__(n, inputs[0].double())) for n in names
+        modules[n].register_forward_pre_hook(lambda _m, inputs, n=n: seen.__setitem__(n, inputs[0].double()))
+        for n in names
     ]
     network(x, t, return_dict=False)
     for handle in handles:

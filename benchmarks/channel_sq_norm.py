@@ -15,7 +15,9 @@ from benchmarks.harness import DTYPE_NAMES, Case
 OP = "channel_sq_norm"
 
 
-def _make(shape: tuple[int, ...], dtype: torch.dtype, layout: str, repeat: bool, generator: torch.Generator) -> tuple[Any, ...]:
+def _make(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str, repeat: bool, generator: torch.Generator
+) -> tuple[Any, ...]:
     device = generator.device
     wide = list(shape)
     if layout == "sliced":

@@ -30,7 +30,9 @@ def _keep(size: int, pattern: str, generator: torch.Generator) -> Tensor | None:
     return torch.randperm(size, generator=generator, device=device)[: round(size * KEPT)].sort().values
 
 
-def _make(weights: list[tuple[int, ...]], dtype: torch.dtype, layout: str, pattern: str, generator: torch.Generator) -> tuple[Any, ...]:
+def _make(
+    weights: list[tuple[int, ...]], dtype: torch.dtype, layout: str, pattern: str, generator: torch.Generator
+) -> tuple[Any, ...]:
     tensors: list[Tensor] = []
     keep_out: list[Tensor | None] = []
     keep_in: list[Tensor | None] = []
@@ -63,7 +65,9 @@ def _truth(tensors: list[Tensor], keep_out: list[Tensor | None], keep_in: list[T
     return reference.compact(tensors, keep_out, keep_in)
 
 
-def _ours(backend: str, tensors: list[Tensor], keep_out: list[Tensor | None], keep_in: list[Tensor | None]) -> list[Tensor]:
+def _ours(
+    backend: str, tensors: list[Tensor], keep_out: list[Tensor | None], keep_in: list[Tensor | None]
+) -> list[Tensor]:
     from wanda_fast import ops
 
     return ops.compact(tensors, keep_out, keep_in, backend=backend)
@@ -79,11 +83,21 @@ def cases(device: torch.device, size: str) -> list[Case]:
             for pattern in ("random", "blocks"):
                 if size == "quick" and (pattern == "blocks" or layout == "channels_last"):
                     continue
-                found.append(_case("ddpm-cifar10-32, 65 convolutions", shapes.ddpm_convolutions(), dtype, layout, pattern, on_gpu))
+                found.append(
+                    _case(
+                        "ddpm-cifar10-32, 65 convolutions", shapes.ddpm_convolutions(), dtype, layout, pattern, on_gpu
+                    )
+                )
                 if on_gpu:
-                    found.append(_case("sdxl 1280x2560x3x3", [(1280, 2560, 3, 3)], dtype, layout, pattern, on_gpu, basis="ms"))
+                    found.append(
+                        _case("sdxl 1280x2560x3x3", [(1280, 2560, 3, 3)], dtype, layout, pattern, on_gpu, basis="ms")
+                    )
         if size != "quick":
-            found.append(_case("ddpm-cifar10-32, 328 parameters", shapes.ddpm_parameters(), dtype, "contiguous", "random", on_gpu))
+            found.append(
+                _case(
+                    "ddpm-cifar10-32, 328 parameters", shapes.ddpm_parameters(), dtype, "contiguous", "random", on_gpu
+                )
+            )
     if on_gpu and size == "full":
         sdxl = [shape for shape, count in shapes.SDXL_NETWORK for _ in range(count)]
         for pattern in ("random", "blocks"):
@@ -92,9 +106,17 @@ def cases(device: torch.device, size: str) -> list[Case]:
 
 
 def _case(
-    name: str, weights: list[tuple[int, ...]], dtype: torch.dtype, layout: str, pattern: str, on_gpu: bool, basis: str = "call_ms"
+    name: str,
+    weights: list[tuple[int, ...]],
+    dtype: torch.dtype,
+    layout: str,
+    pattern: str,
+    on_gpu: bool,
+    basis: str = "call_ms",
 ) -> Case:
-    moved = sum(math.prod((*(_kept(s, pattern) for s in shape[:2]), *shape[2:])) for shape in weights) * dtype.itemsize * 2
+    moved = (
+        sum(math.prod((*(_kept(s, pattern) for s in shape[:2]), *shape[2:])) for shape in weights) * dtype.itemsize * 2
+    )
     return Case(
         op=OP,
         case=f"{name}, {'30 % random' if pattern == 'random' else '1 of 4'}",
@@ -108,7 +130,9 @@ def _case(
             "published": published.compact,
             **{b: functools.partial(_ours, b) for b in (("cuda",) if on_gpu else ("cpu",))},
         },
-        compile_of=_truth if len(weights) == 1 else None,  # 65 tensors take torch.compile minutes; the single weight has the row
+        compile_of=_truth
+        if len(weights) == 1
+        else None,  # 65 tensors take torch.compile minutes; the single weight has the row
         exact=True,
         basis=basis,
         unchecked=frozenset({"published"}),

@@ -3,9 +3,10 @@
 A case gives inputs (several sets, so that the cache is not measured), the float64 truth, and candidates by backend name. A candidate is checked
 first; a wrong one gets no time. Times are medians with 20th and 80th percentiles:
 
-- `ms` of a device case is device time: the queue is filled behind a short sleep, so that the host's launch cost is hidden, and events stand around
-  several calls. `call_ms` is the same calls with the host included, back to back. Cases made of many small pieces set basis="call_ms":
-  there the host is what a user waits for, and `ms` is that; `device_ms` keeps the other figure.
+- `ms` of a device case is device time: the queue is filled behind a short sleep, so that the host's launch cost is
+  hidden, and events stand around several calls. `call_ms` is the same calls with the host included, back to back. Cases
+  made of many small pieces set basis="call_ms": there the host is what a user waits for, and `ms` is that; `device_ms`
+  keeps the other figure.
 - On the CPU both are wall time.
 
 `copy_fraction` compares with a large copy on the same device in the same run, bytes read and written both counted.
@@ -59,7 +60,9 @@ class Case:
     compile_of: Run | None = None
     exact: bool = False
     basis: str = "ms"
-    unchecked: frozenset[str] = frozenset()  # rows that compute something else on purpose (the published hook keeps no table)
+    unchecked: frozenset[str] = (
+        frozenset()
+    )  # rows that compute something else on purpose (the published hook keeps no table)
     mutates: tuple[int, ...] = ()  # positions of arguments that a call changes
     info: dict[str, Any] = field(default_factory=dict)
 
@@ -246,7 +249,9 @@ def run_case(
                 continue
         if device.type == "cuda":
             torch.cuda.synchronize()
-        row["first_call_s"] = round(time.perf_counter() - start, 3)  # compile and tuning time, for the compiled and Triton rows
+        row["first_call_s"] = round(
+            time.perf_counter() - start, 3
+        )  # compile and tuning time, for the compiled and Triton rows
         timing = time_calls(run, sets, device, budget_s=budget_s)
         ms = timing.call_ms if case.basis == "call_ms" else timing.ms
         scale = ms / timing.ms

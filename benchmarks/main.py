@@ -31,16 +31,21 @@ def operations() -> list[str]:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="bench.py",
-        description="python bench.py --quick\n\nCheck every operation against float64 plain PyTorch, then time it beside plain PyTorch, torch.compile\n"
+        description="python bench.py --quick\n\n"
+        "Check every operation against float64 plain PyTorch, then time it beside plain PyTorch, torch.compile\n"
         "and the published method's code. A wrong result gets no time and makes the exit code 1.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    p.add_argument("--op", action="append", choices=operations(), help="operation to run; may be repeated (default: all)")
+    p.add_argument(
+        "--op", action="append", choices=operations(), help="operation to run; may be repeated (default: all)"
+    )
     p.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
     size = p.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="few shapes; under a minute on two CPU cores")
     size.add_argument("--full", action="store_true", help="every shape, dtype and layout; some minutes on a GPU")
-    p.add_argument("--no-compile", action="store_true", help="leave out the torch.compile rows, which take seconds each to build")
+    p.add_argument(
+        "--no-compile", action="store_true", help="leave out the torch.compile rows, which take seconds each to build"
+    )
     p.add_argument("--seed", type=int, default=0, help="seed of all inputs (default: 0)")
     p.add_argument("--out", type=Path, metavar="FILE.json", help="write environment and rows")
     p.add_argument("--compare", type=Path, metavar="FILE", help="show changes against an earlier --out file")
@@ -49,7 +54,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(
-    ops: list[str], device: torch.device, size: str, *, seed: int, with_compile: bool, save: Callable[[dict[str, Any]], None] | None = None
+    ops: list[str],
+    device: torch.device,
+    size: str,
+    *,
+    seed: int,
+    with_compile: bool,
+    save: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Environment and rows of the chosen operations; `save` gets what there is after each of them."""
     torch.manual_seed(seed)
@@ -70,7 +81,9 @@ def run(
             cases = module.cases(device, size)
             compile_ops = with_compile and (size != "quick" or device.type == "cuda")
             for case in cases:
-                new = run_case(case, device, copy_gbps, seed=seed, quick=size == "quick", with_compile=compile_ops, budget_s=budget)
+                new = run_case(
+                    case, device, copy_gbps, seed=seed, quick=size == "quick", with_compile=compile_ops, budget_s=budget
+                )
                 rows += new
         log(f"{op}: {time.perf_counter() - start:.1f} s")
         if save is not None:

@@ -17,23 +17,51 @@ def main() -> None:
     def rand(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device=device)
 
-    inputs = [rand(6, 37, 9, 7), rand(4, 64, 16, 16).bfloat16().to(memory_format=torch.channels_last), rand(2, 320, 64, 64).half(), rand(3, 77, 130), rand(9, 31)]
+    inputs = [
+        rand(6, 37, 9, 7),
+        rand(4, 64, 16, 16).bfloat16().to(memory_format=torch.channels_last),
+        rand(2, 320, 64, 64).half(),
+        rand(3, 77, 130),
+        rand(9, 31),
+    ]
     for x in inputs:
-        for rows in (torch.arange(len(x), device=device), torch.arange(len(x), device=device) // 2, torch.zeros(len(x), dtype=torch.int64, device=device)):
+        for rows in (
+            torch.arange(len(x), device=device),
+            torch.arange(len(x), device=device) // 2,
+            torch.zeros(len(x), dtype=torch.int64, device=device),
+        ):
             out = torch.zeros(len(x), x.shape[1] if x.dim() == 4 else x.shape[-1], device=device)
             want = reference.channel_sq_norm(x.double(), rows, out.double())
             ops.channel_sq_norm(x, rows, out, backend="triton")
             assert torch.allclose(out.double(), want, rtol=1e-4, atol=1e-3)
-    for weight in (rand(40, 24, 3, 3), rand(33, 70).bfloat16(), rand(64, 32, 3, 3).to(memory_format=torch.channels_last)):
+    for weight in (
+        rand(40, 24, 3, 3),
+        rand(33, 70).bfloat16(),
+        rand(64, 32, 3, 3).to(memory_format=torch.channels_last),
+    ):
         norm = rand(weight.shape[1]).abs()
-        for got, want in zip(ops.wanda_score(weight, norm, backend="triton"), reference.wanda_score(weight.double(), norm.double()), strict=True):
+        for got, want in zip(
+            ops.wanda_score(weight, norm, backend="triton"),
+            reference.wanda_score(weight.double(), norm.double()),
+            strict=True,
+        ):
             assert torch.allclose(got.double(), want, rtol=1e-4, atol=1e-3)
         sq, row_weight = rand(33, weight.shape[1]).square(), rand(33).abs()
         ops.wanda_score_stats(weight, sq, row_weight, backend="triton")
-    tensors = [rand(40, 24, 3, 3), rand(40), rand(33, 70).bfloat16(), rand(64, 32, 3, 3).to(memory_format=torch.channels_last), rand(17, 5).to(torch.int8)]
+    tensors = [
+        rand(40, 24, 3, 3),
+        rand(40),
+        rand(33, 70).bfloat16(),
+        rand(64, 32, 3, 3).to(memory_format=torch.channels_last),
+        rand(17, 5).to(torch.int8),
+    ]
     keep_out = [torch.arange(0, t.shape[0], 3, device=device) for t in tensors]
     keep_in = [None if t.dim() == 1 else torch.arange(1, t.shape[1], 2, device=device) for t in tensors]
-    for got, want in zip(ops.compact(tensors, keep_out, keep_in, backend="cuda"), reference.compact(tensors, keep_out, keep_in), strict=True):
+    for got, want in zip(
+        ops.compact(tensors, keep_out, keep_in, backend="cuda"),
+        reference.compact(tensors, keep_out, keep_in),
+        strict=True,
+    ):
         assert torch.equal(got, want)
     torch.cuda.synchronize()
     print("all kernels ran and are right")

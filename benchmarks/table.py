@@ -28,7 +28,24 @@ def _time(ms: float) -> str:
 
 def text(rows: list[Row]) -> str:
     """All rows as one plain table."""
-    head = ["op", "case", "dtype", "layout", "backend", "ms", "p20", "p80", "call ms", "GB/s", "of copy", "MiB", "x ref", "x compile", "x publ.", "overhead"]
+    head = [
+        "op",
+        "case",
+        "dtype",
+        "layout",
+        "backend",
+        "ms",
+        "p20",
+        "p80",
+        "call ms",
+        "GB/s",
+        "of copy",
+        "MiB",
+        "x ref",
+        "x compile",
+        "x publ.",
+        "overhead",
+    ]
     lines = [head]
     for row in rows:
         start = [str(row[k]) for k in ("op", "case", "dtype", "layout", "backend")]
@@ -51,7 +68,9 @@ def comparison(earlier: dict[str, Any], now: dict[str, Any]) -> str:
     for row in now["rows"]:
         old = before.get(_key(row))
         if old is not None and "ms" in row:
-            lines.append(f"  {' '.join(_key(row))}: {_time(old['ms'])} -> {_time(row['ms'])} ms ({row['ms'] / old['ms'] - 1:+.1%})")
+            lines.append(
+                f"  {' '.join(_key(row))}: {_time(old['ms'])} -> {_time(row['ms'])} ms ({row['ms'] / old['ms'] - 1:+.1%})"
+            )
     if len(lines) == 1:
         lines.append("  no common rows")
     return "\n".join(lines)
@@ -105,8 +124,9 @@ def markdown(result: dict[str, Any]) -> str:
         if "ms" in row:
             groups.setdefault(_key(row)[:4], {})[row["backend"]] = row
     lines = [
-        f"{env.get('gpu') or env.get('cpu')}, driver {env.get('driver')}, torch {env['torch']}, triton {env['triton']}, commit {env['commit']}; "
-        f"copy {env['copy_gbps']:,.0f} GB/s in the same run; medians. Columns with × are speed-ups of our row over that baseline; rows that lose stay.",
+        f"{env.get('gpu') or env.get('cpu')}, driver {env.get('driver')}, torch {env['torch']}, triton {env['triton']}, "
+        f"commit {env['commit']}; copy {env['copy_gbps']:,.0f} GB/s in the same run; medians. "
+        "Columns with × are speed-ups of our row over that baseline; rows that lose stay.",
         "",
         "| operation | case | dtype, layout | ms | of copy | plain PyTorch | torch.compile | published |",
         "|---|---|---|---:|---:|---:|---:|---:|",
@@ -117,9 +137,15 @@ def markdown(result: dict[str, Any]) -> str:
         for backend, row in by_backend.items():
             if backend in BASELINES:
                 continue
-            others = [_number(row.get(f"speedup_vs_{b}"), ".2f") + "×" if row.get(f"speedup_vs_{b}") else "-" for b in BASELINES[:3]]
-            lines.append(f"| `{op}` | {case} | {dtype}, {layout} | {_time(row['ms'])} | {_number(row['copy_fraction'], '.2f')} | {' | '.join(others)} |")
-    steps = [row for row in result["rows"] if row["op"] == "calibration_step" and "ms" in row and row["layout"] == "contiguous"]
+            speedups = [row.get(f"speedup_vs_{b}") for b in BASELINES[:3]]
+            others = " | ".join(f"{value:.2f}×" if value else "-" for value in speedups)
+            share = _number(row["copy_fraction"], ".2f")
+            lines.append(f"| `{op}` | {case} | {dtype}, {layout} | {_time(row['ms'])} | {share} | {others} |")
+    steps = [
+        row
+        for row in result["rows"]
+        if row["op"] == "calibration_step" and "ms" in row and row["layout"] == "contiguous"
+    ]
     if steps:
         lines += ["", "| calibration step | dtype, layout | hooks | ms | overhead |", "|---|---|---|---:|---:|"]
         lines += [
@@ -129,7 +155,10 @@ def markdown(result: dict[str, Any]) -> str:
     stages = [row for row in result["rows"] if row["op"] == "whole_prune" and "ms" in row]
     if stages:
         lines += ["", "| whole prune, stage | by | seconds | share |", "|---|---|---:|---:|"]
-        lines += [f"| {row['case']} | {row['backend']} | {row['ms'] / 1e3:.3f} | {_number(row.get('share'), '.1%')} |" for row in stages]
+        lines += [
+            f"| {row['case']} | {row['backend']} | {row['ms'] / 1e3:.3f} | {_number(row.get('share'), '.1%')} |"
+            for row in stages
+        ]
     return "\n".join(lines)
 
 

@@ -16,7 +16,9 @@ OP = "wanda_score"
 TABLE_ROWS = 64
 
 
-def _make(shape: tuple[int, ...], dtype: torch.dtype, layout: str, table: bool, generator: torch.Generator) -> tuple[Any, ...]:
+def _make(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str, table: bool, generator: torch.Generator
+) -> tuple[Any, ...]:
     device = generator.device
     weight = torch.randn(shape, generator=generator, device=device).to(dtype)
     if layout == "channels_last":

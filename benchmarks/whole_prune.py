@@ -1,7 +1,8 @@
-"""whole_prune: seconds of every stage of `wanda_fast.prune` on the bundled model, and of the published method's calibration, scoring and slicing.
+"""whole_prune: seconds of every stage of `wanda_fast.prune` on the bundled model, and of the published method's stages.
 
-Both calibrate on the same number of noised images in the same batches. The published path stops at sliced weights: it has no plan, no repair and
-no checkpoint, so only its three stages have rows; ours are all stages that the report of a run holds, with their share of the whole.
+Both calibrate on the same number of images in the same batches. The published path stops at sliced weights: it has no plan, no
+repair and no checkpoint, so only calibration, scoring and slicing have rows; ours are all stages that the report of a run holds,
+with their share of the whole. Ours is the first run of the process and includes compiling kernels; the published path is warm.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ RATIO = 0.3
 def _row(stage: str, backend: str, seconds: float, share: float | None, settings: dict[str, Any]) -> dict[str, Any]:
     ms = seconds * 1e3
     return {
-        "op": OP, "case": stage, "dtype": "fp32", "layout": "contiguous", "backend": backend, "ms": ms, "ms_p20": ms, "ms_p80": ms, "share": share,
+        "op": OP, "case": stage, "dtype": "fp32", "layout": "contiguous", "backend": backend, "ms": ms, "ms_p20": ms, "ms_p80": ms,
+        "share": share,
         "gbps": None, "copy_fraction": None, "peak_mib": None, "speedup_vs_reference": None, "speedup_vs_compile": None,
         "speedup_vs_published": None, "settings": settings,
     }  # fmt: skip
@@ -54,7 +56,10 @@ def _published(device: torch.device, images: int, batch: int, seed: int) -> dict
     hooks.remove()
     done("calibrate", start)
     start = time.perf_counter()
-    scores = {name: published.score(layer.weight.detach(), published.act_norm(hooks.norms[name])) for name, layer in layers.items()}
+    scores = {
+        name: published.score(layer.weight.detach(), published.act_norm(hooks.norms[name]))
+        for name, layer in layers.items()
+    }
     done("score", start)
     start = time.perf_counter()
 

@@ -1,12 +1,14 @@
 """Channel energy of activations: out[rows[n], c] += Σ_s x[n, c, s]², in one read of x and one launch.
 
-Layouts: every [N, C, H, W] view (contiguous, channels-last, sliced; read in place through its strides) and channel-last [N, L, C] and [N, C].
+Layouts: every [N, C, H, W] view (contiguous, channels-last, sliced; read in place through its strides) and channel-last
+[N, L, C] and [N, C].
 Traffic: each element of x is read once (4 bytes in fp32, 2 in fp16 and bf16); 8 bytes per element of the N touched rows of `out`.
-Sums are fp32. No floating-point atomics: a program owns one (sample, channel block, slice of positions). It adds straight to `out` when no other
-program adds to the same place; otherwise it writes a partial, and the last to arrive (an integer ticket) adds all partials in index order.
-The result therefore does not depend on the order in which programs run.
+Sums are fp32. No floating-point atomics: a program owns one (sample, channel block, slice of positions). It adds straight to
+`out` when no other program adds to the same place; otherwise it writes a partial, and the last to arrive (an integer ticket) adds
+all partials in index order. The result therefore does not depend on the order in which programs run.
 
-Source: the activation norm of Wanda, Sun et al. 2023, arXiv:2306.11695, section 3; the last-block reduction is CUDA's threadFenceReduction sample.
+Source: the activation norm of Wanda, Sun et al. 2023, arXiv:2306.11695, section 3; the last-block reduction is CUDA's
+threadFenceReduction sample.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # One launch holds at most this many samples: each program compares its row with all of them, and grid.z ends at 65,535.
 MAX_SAMPLES = 1024
-# Bytes of x that one program holds at once: 16 loads of 16 bytes per lane of 4 warps. Measured best on an H200 among 4 to 32 KiB.
+# Bytes of x that one program holds at once: four 16-byte loads per thread of 4 warps. Measured best on an H200 among 4 to 32 KiB.
 TILE_BYTES = 8192
 # Tiles shrink down to MIN_TILE elements until there are this many programs: 132 multiprocessors hold about eight each.
 MIN_PROGRAMS = 1024
@@ -167,7 +169,9 @@ def _channel_sq_norm_kernel(
                 acc_p += tl.load(partial_ptr + slots, mask=mask_p, other=0.0, cache_modifier=".cg")
                 if WITH_SUMS:
                     acc_q += tl.load(partial_ptr + plane + slots, mask=mask_p, other=0.0, cache_modifier=".cg")
-            tl.store(out_ptr + offset, tl.load(out_ptr + offset, mask=mask, other=0.0) + tl.sum(acc_p, axis=0), mask=mask)
+            tl.store(
+                out_ptr + offset, tl.load(out_ptr + offset, mask=mask, other=0.0) + tl.sum(acc_p, axis=0), mask=mask
+            )
             if WITH_SUMS:
                 q = tl.load(sums_ptr + offset, mask=mask, other=0.0) + tl.sum(acc_q, axis=0)
                 tl.store(sums_ptr + offset, q, mask=mask)
@@ -294,7 +298,20 @@ def _prepare(x: Tensor, rows: Tensor, out: Tensor, with_sums: bool, config: Conf
     needs_partials = N * config.split > 1
     return _Launch(
         grid=(blocks_c, config.split, N),
-        integers=(N, C, S, W, out.shape[0], stride_xn, stride_xc, stride_xh, stride_xs, out.stride(0), out.stride(1), config.split_len),
+        integers=(
+            N,
+            C,
+            S,
+            W,
+            out.shape[0],
+            stride_xn,
+            stride_xc,
+            stride_xh,
+            stride_xs,
+            out.stride(0),
+            out.stride(1),
+            config.split_len,
+        ),
         constants=constants,
         num_warps=config.num_warps,
         partials=(2 if with_sums else 1) * N * config.split * C if needs_partials else 1,
@@ -309,7 +326,9 @@ def _workspace(launch: _Launch, device: torch.device, stream: int) -> tuple[Tens
         partial = torch.empty(launch.partials, dtype=torch.float32, device=device)
         reserved = _capture_tickets.get(device.index)
         tickets = reserved.take(launch.tickets) if reserved is not None else None
-        if tickets is None:  # nothing reserved before the capture began, or all of it used: one more memset in the graph
+        if (
+            tickets is None
+        ):  # nothing reserved before the capture began, or all of it used: one more memset in the graph
             tickets = torch.zeros(launch.tickets, dtype=torch.int32, device=device)
         return partial, tickets
     index = device.index if device.index is not None else -1
@@ -332,11 +351,17 @@ def _check(x: Tensor, rows: Tensor, out: Tensor, sums: Tensor | None) -> None:
     channels = x.shape[1] if x.dim() == 4 else x.shape[-1]
     for name, table in (("out", out), ("sums", out if sums is None else sums)):
         if table.dtype != torch.float32 or table.dim() != 2 or table.shape[1] != channels:
-            raise ValueError(f"{name} must be float32 of shape [R, {channels}], got {table.dtype} of shape {list(table.shape)}")
+            raise ValueError(
+                f"{name} must be float32 of shape [R, {channels}], got {table.dtype} of shape {list(table.shape)}"
+            )
         if table.device != x.device or rows.device != x.device:
-            raise ValueError(f"x, rows and {name} must be on one device, got {x.device}, {rows.device} and {table.device}")
+            raise ValueError(
+                f"x, rows and {name} must be on one device, got {x.device}, {rows.device} and {table.device}"
+            )
         if table.shape != out.shape or table.stride() != out.stride():
-            raise ValueError(f"sums must have the shape and strides of out, got {list(table.shape)} and {list(out.shape)}")
+            raise ValueError(
+                f"sums must have the shape and strides of out, got {list(table.shape)} and {list(out.shape)}"
+            )
 
 
 def channel_sq_norm(

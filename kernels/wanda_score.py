@@ -3,7 +3,8 @@
 Layouts: Linear [C_out, C_in] and Conv2d [C_out, C_in / groups, kh, kw], contiguous or channels-last, rows with any stride.
 Traffic: each weight is read once (4 or 2 bytes); the partial sums that the second launch adds up are below 4 % of a large fp32 weight.
 Sums are fp32, in an order fixed by the shape: no atomics, so results are bitwise repeatable. With a statistics table the norms
-n_c = Σ_r row_weight[r]·sqrt(sq[r, c]) are aggregated by a launch of their own: inside the first kernel every program along C_out would read the table again.
+n_c = Σ_r row_weight[r]·sqrt(sq[r, c]) are aggregated by a launch of their own: inside the first kernel every program along C_out
+would read the table again.
 
 Source: Wanda, Sun et al. 2023, arXiv:2306.11695, equation 1 (S = |W|·||X||_2), summed over both directions of a channel.
 """
@@ -41,7 +42,9 @@ LARGE_ELEMENTS = 1 << 22
 
 
 @triton.jit
-def _norm_kernel(sq_ptr, row_weight_ptr, norm_ptr, R, C, stride_sr, stride_sc, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+def _norm_kernel(
+    sq_ptr, row_weight_ptr, norm_ptr, R, C, stride_sr, stride_sc, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     acc = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
@@ -61,8 +64,8 @@ def _partial_kernel(
     norm_ptr,
     row_partial_ptr,
     col_partial_ptr,
-    O,
-    I,
+    O,  # noqa: E741
+    I,  # noqa: E741
     K,
     stride_wo,
     KK: tl.constexpr,
@@ -108,7 +111,7 @@ def _finish_kernel(
     col_ptr,
     C_OUT,
     C_IN,
-    I,
+    I,  # noqa: E741
     K,
     COLUMNS,
     ROW_PROGRAMS,
@@ -201,19 +204,19 @@ def _score(weight: Tensor, norm: Tensor, config: Config | None) -> tuple[Tensor,
         channels_last = weight.dim() == 4 and row_shape.is_contiguous(memory_format=torch.channels_last)
         if not channels_last:
             weight = weight.contiguous()
-    O, K = c_out // groups, per_group * taps
+    rows_per_group, K = c_out // groups, per_group * taps
     config = config or (LARGE if weight.numel() >= LARGE_ELEMENTS else SMALL)
-    block_o = min(config.block_o, _power_of_2(O))
-    rows = min(config.rows, _divide(O, block_o) * block_o)
+    block_o = min(config.block_o, _power_of_2(rows_per_group))
+    rows = min(config.rows, _divide(rows_per_group, block_o) * block_o)
     block_k = min(config.block_k, max(_power_of_2(K), 16))
     while K % block_k and block_k > 256:  # full blocks need no masks
         block_k //= 2
-    k_blocks, o_blocks = _divide(K, block_k), _divide(O, rows)
+    k_blocks, o_blocks = _divide(K, block_k), _divide(rows_per_group, rows)
     row_partial = torch.empty(k_blocks * c_out, dtype=torch.float32, device=weight.device)
     col_partial = torch.empty(o_blocks * groups * K, dtype=torch.float32, device=weight.device)
     _partial_kernel[(k_blocks, o_blocks, groups)](
-        weight, norm, row_partial, col_partial, O, per_group, K, weight.stride(0), KK=taps, ROWS=rows, CHANNELS_LAST=channels_last,
-        BLOCK_O=block_o, BLOCK_K=block_k, EVEN=O % rows == 0 and rows % block_o == 0 and K % block_k == 0,
+        weight, norm, row_partial, col_partial, rows_per_group, per_group, K, weight.stride(0), KK=taps, ROWS=rows, CHANNELS_LAST=channels_last,
+        BLOCK_O=block_o, BLOCK_K=block_k, EVEN=rows_per_group % rows == 0 and rows % block_o == 0 and K % block_k == 0,
         STAGES=config.stages, num_warps=config.num_warps,
     )  # fmt: skip
     # Few channels and all partials per program: one round trip to memory instead of a loop of them.
@@ -270,7 +273,9 @@ def wanda_score_stats(
     """
     _check_weight(weight)
     if sq.dim() != 2 or sq.dtype != torch.float32 or sq.device != weight.device:
-        raise ValueError(f"sq must be float32 of shape [R, C_in] on {weight.device}, got {sq.dtype} {list(sq.shape)} on {sq.device}")
+        raise ValueError(
+            f"sq must be float32 of shape [R, C_in] on {weight.device}, got {sq.dtype} {list(sq.shape)} on {sq.device}"
+        )
     if row_weight.shape != sq.shape[:1] or not row_weight.is_floating_point() or row_weight.device != weight.device:
         raise ValueError(
             f"row_weight must be floating of shape [{sq.shape[0]}] on {weight.device}, "
@@ -282,6 +287,15 @@ def wanda_score_stats(
         norm = torch.empty(C, dtype=torch.float32, device=weight.device)
         if C:
             _norm_kernel[(_divide(C, 32),)](
-                sq, row_weight.to(torch.float32).contiguous(), norm, R, C, sq.stride(0), sq.stride(1), BLOCK_R=32, BLOCK_C=32, num_warps=4
+                sq,
+                row_weight.to(torch.float32).contiguous(),
+                norm,
+                R,
+                C,
+                sq.stride(0),
+                sq.stride(1),
+                BLOCK_R=32,
+                BLOCK_C=32,
+                num_warps=4,
             )
         return _score(weight, norm, config)

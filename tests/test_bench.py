@@ -61,7 +61,9 @@ def test_a_wrong_result_gets_no_time(wrong: Any) -> None:
 
 
 def test_exact_cases_accept_no_rounding() -> None:
-    case = tiny_case(exact=True, truth=lambda x: x * 2, candidates={"reference": lambda x: x * 2, "ours": lambda x: x * 2 + 1e-6})
+    case = tiny_case(
+        exact=True, truth=lambda x: x * 2, candidates={"reference": lambda x: x * 2, "ours": lambda x: x * 2 + 1e-6}
+    )
     assert "error" in run_tiny(case)["ours"]
 
 
@@ -74,7 +76,9 @@ def test_a_changed_argument_is_fresh_for_each_check() -> None:
     def add(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         return out.add_(x)
 
-    case = tiny_case(make=make, truth=lambda x, out: out.double() + x, candidates={"reference": add, "ours": add}, mutates=(1,))
+    case = tiny_case(
+        make=make, truth=lambda x, out: out.double() + x, candidates={"reference": add, "ours": add}, mutates=(1,)
+    )
     assert all("error" not in row for row in run_tiny(case).values())
 
 
@@ -85,7 +89,9 @@ def test_cases_are_described_once(module: Any, device: str, size: str) -> None:
     found = module.cases(torch.device(device), size)
     keys = [(c.case, c.dtype, c.layout) for c in found]
     assert found and len(set(keys)) == len(keys)
-    assert all(c.op == module.OP and c.bytes > 0 and "reference" in c.candidates and "published" in c.candidates for c in found)
+    assert all(
+        c.op == module.OP and c.bytes > 0 and "reference" in c.candidates and "published" in c.candidates for c in found
+    )
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 6, 3), (2, 3)])
@@ -102,7 +108,11 @@ def test_program_writes_compares_and_draws(tmp_path: Path) -> None:
     out, picture = tmp_path / "a.json", tmp_path / "a.png"
     arguments = ["--quick", "--device", "cpu", "--op", "wanda_score", "--no-compile"]
     done = subprocess.run(
-        [sys.executable, "bench.py", *arguments, "--out", str(out), "--chart", str(picture)], cwd=ROOT, capture_output=True, text=True, timeout=250
+        [sys.executable, "bench.py", *arguments, "--out", str(out), "--chart", str(picture)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=250,
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
@@ -123,7 +133,9 @@ def test_program_writes_compares_and_draws(tmp_path: Path) -> None:
         (["--quick", "--full"], "not allowed"),
     ],
 )
-def test_mistakes_end_in_one_line_and_code_2(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_end_in_one_line_and_code_2(
+    arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
         main.main(arguments)
     assert stop.value.code == 2
@@ -134,7 +146,13 @@ def test_committed_results_are_whole() -> None:
     result = json.loads(RESULTS.read_text())
     assert {"gpu", "driver", "torch", "triton", "python", "commit", "seed", "copy_gbps"} <= result["env"].keys()
     assert result["env"]["gpu"] == "NVIDIA H200"
-    assert {row["op"] for row in result["rows"]} >= {"channel_sq_norm", "wanda_score", "compact", "calibration_step", "whole_prune"}
+    assert {row["op"] for row in result["rows"]} >= {
+        "channel_sq_norm",
+        "wanda_score",
+        "compact",
+        "calibration_step",
+        "whole_prune",
+    }
     assert all("error" not in row and row.keys() >= REQUIRED for row in result["rows"])
     assert all("overhead" in row for row in result["rows"] if row["op"] == "calibration_step")
     assert "/" not in "".join(str(v) for v in result["env"].values())

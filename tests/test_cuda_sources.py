@@ -1,10 +1,11 @@
-"""CUDA sources without a GPU: they compile for every supported architecture, and the gather kernel's own code gives the right values on the CPU."""
+"""CUDA sources without a GPU: they compile for every architecture, and the gather kernel's own code is right on the CPU."""
 
 from __future__ import annotations
 
 import re
 import shutil
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def test_compiles_for_every_architecture(source: Path, tmp_path: Path) -> None:
 
 
 def emulated_source(text: str) -> str:
-    """compact.cu for a C++ compiler and CPU tensors: the launch becomes a loop, the device checks become CPU checks, nothing else changes."""
+    """compact.cu for a C++ compiler and CPU tensors: the launch becomes a loop, device checks become CPU checks, no more."""
     replaced = [
         (r"#include <cuda_runtime.h>\n", ""),
         (r"#include <torch/csrc/stable/accelerator.h>\n", ""),
@@ -55,8 +56,9 @@ def emulated_source(text: str) -> str:
         (r"is_cuda\(\)", "is_cpu()"),
         (r"aoti_torch_device_type_cuda\(\)", "aoti_torch_device_type_cpu()"),
         (r"STABLE_TORCH_LIBRARY_IMPL\(wanda_fast, CUDA, m\)",
-         'STABLE_TORCH_LIBRARY(wanda_fast_emulated, m) { m.def("compact(Tensor[] tensors, Tensor?[] keep_out, Tensor?[] keep_in) -> Tensor[]"); '
-         'm.def("compact_shared(Tensor[] tensors, Tensor?[] keep_out, Tensor?[] keep_in) -> Tensor[]"); }\n'
+         "STABLE_TORCH_LIBRARY(wanda_fast_emulated, m) {\n"
+         '  m.def("compact(Tensor[] tensors, Tensor?[] keep_out, Tensor?[] keep_in) -> Tensor[]");\n'
+         '  m.def("compact_shared(Tensor[] tensors, Tensor?[] keep_out, Tensor?[] keep_in) -> Tensor[]");\n}\n'
          "STABLE_TORCH_LIBRARY_IMPL(wanda_fast_emulated, CPU, m)"),
     ]  # fmt: skip
     for pattern, new in replaced:
@@ -115,7 +117,10 @@ def keep_pairs(shape: tuple[int, ...], generator: torch.Generator) -> list[tuple
     pairs: list[tuple[Tensor | None, Tensor | None]] = [
         (random(rows), None if columns is None else random(columns)),
         (torch.randint(0, rows, (rows + 3,), generator=generator), None),
-        (torch.arange(rows)[torch.arange(rows) % 4 != 1], None if columns is None else torch.arange(columns)[torch.arange(columns) % 4 != 1]),
+        (
+            torch.arange(rows)[torch.arange(rows) % 4 != 1],
+            None if columns is None else torch.arange(columns)[torch.arange(columns) % 4 != 1],
+        ),
         (None, None if columns is None else torch.arange(columns // 16 * 8, columns)),
         (empty, None),
         (random(rows), None if columns is None else empty),
@@ -143,7 +148,7 @@ def test_gather_code_on_the_cpu(emulated: Any, dtype: torch.dtype) -> None:
     assert len(set(own)) == len(own)
     shared = emulated.compact_shared(tensors, keep_out, keep_in)
     ends = sorted((r.data_ptr(), r.data_ptr() + r.numel() * r.element_size()) for r in shared if r.numel())
-    assert all(end <= start for (_, end), (start, _) in zip(ends, ends[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in pairwise(ends))
     for i, (got, also, want) in enumerate(zip(results, shared, wanted, strict=True)):
         assert torch.equal(got, also) and got.stride() == also.stride()
         where = (tuple(tensors[i].shape), tensors[i].stride(), keep_out[i], keep_in[i])
