@@ -94,13 +94,13 @@ def _time(steps: dict[str, Callable[[], Any]], device: torch.device, seconds: fl
             torch.cuda.synchronize()
 
     for step in steps.values():
-        step()
-        step()
+        for _ in range(2 if device.type == "cuda" else 1):
+            step()
         wait()
     samples: dict[str, list[float]] = {name: [] for name in steps}
     began = time.perf_counter()
     per_sample = 4 if device.type == "cuda" else 1
-    while time.perf_counter() - began < seconds or len(next(iter(samples.values()))) < 5:
+    while time.perf_counter() - began < seconds or len(next(iter(samples.values()))) < 3:
         for name, step in steps.items():
             start = time.perf_counter()
             for _ in range(per_sample):
@@ -116,7 +116,7 @@ def rows(device: torch.device, size: str, seed: int) -> list[dict[str, Any]]:
 
     on_gpu = device.type == "cuda"
     batch = 128 if on_gpu else (1 if size == "quick" else 8)
-    seconds = {"quick": 2.0, "default": 3.0, "full": 4.0}[size]
+    seconds = {"quick": 0.5, "default": 3.0, "full": 4.0}[size]
     backend = "triton" if on_gpu else "cpu"
     found = []
     torch.manual_seed(seed)

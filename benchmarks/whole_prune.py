@@ -77,7 +77,7 @@ def rows(device: torch.device, size: str, seed: int) -> list[dict[str, Any]]:
     """One row per stage of ours, one for the whole, and one per stage of the published path."""
     import wanda_fast
 
-    images = 16 if size == "quick" else 256 if device.type == "cuda" else 64
+    images = 4 if size == "quick" else 256 if device.type == "cuda" else 64
     batch = min(images, 128 if device.type == "cuda" else 16)
     settings: dict[str, Any] = {
         "ratio": RATIO, "calib_steps": images, "repair_images": images, "batch_size": batch,
