@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Options of `prune` that make a run of the bundled model a matter of seconds.
 TINY: dict[str, Any] = {
     "device": "cpu",
+    "split": "uniform",
     "calib_steps": 16,
     "num_samples": 2,
     "num_inference_steps": 3,

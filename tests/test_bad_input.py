@@ -391,8 +391,8 @@ setattr(module, name, replacement)
 sys.exit(main(["prune", *sys.argv[5:]]))
 """
 STAGES = [
-    ("calibrate", "collect_layers", "before"), ("checkpoint", "save_folder", "before"), ("checkpoint", "save_folder", "after"),
-    ("model_card", "write", "after"), ("checkpoint", "_commit", "before"), ("checkpoint", "_commit", "after"),
+    ("calibrate", "collect_layers", "before"), ("checkpoint", "save_folder", "after"), ("model_card", "write", "after"),
+    ("checkpoint", "_commit", "after"),
 ]  # fmt: skip
 
 

@@ -284,7 +284,7 @@ def test_illegal_indices_are_refused() -> None:
     plan = make_plan(unet, "free", "balanced", 0.25)
     name = next(iter(plan.keep))
     plan.keep[name] = torch.tensor([0, 10_000])
-    with pytest.raises(UserError, match="has .* channels, not 10001"):
+    with pytest.raises(UserError, match=r"has .* channels, not 10001"):
         compact(unet, plan)
 
 
@@ -304,3 +304,11 @@ def test_unsupported_blocks_are_refused_by_name(change: dict, message: str) -> N
 
 def test_json_config_has_no_private_entries(bundled: UNet2DModel) -> None:
     assert not [k for k in json_config(bundled) if k.startswith("_")]
+
+
+def test_the_256_pixel_architecture_equals_its_masked_network() -> None:
+    """google/ddpm-celebahq-256 and google/ddpm-church-256 with random weights, run on a smaller picture."""
+    unet = random_unet({**WIDE256, "sample_size": 32})
+    plan = make_plan(unet, "stock", "free", 0.3)
+    assert plan.config is not None and len(set(plan.config["block_out_channels"])) == 3
+    assert_equals_masked(unet, plan)

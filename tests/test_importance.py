@@ -91,11 +91,11 @@ def test_a_new_criterion_is_one_small_class() -> None:
 def test_mistakes_are_named() -> None:
     unet = random_unet("plain")
     slots = find_slots(unet)
-    with pytest.raises(UserError, match="unknown pruner 'sorcery'; known: .*wanda-diff"):
+    with pytest.raises(UserError, match=r"unknown pruner 'sorcery'; known: .*wanda-diff"):
         get_criterion("sorcery")
     with pytest.raises(UserError, match="unknown combination"):
         slot_scores(unet, slots, get_criterion("magnitude"), Context(), combine="neither")
-    with pytest.raises(UserError, match="no layer .*another model"):
+    with pytest.raises(UserError, match=r"no layer .*another model"):
         slot_scores(unet, slots, get_criterion("wanda-diff"), Context({}))
     wrong = norms_for(unet)
     wrong["conv_out"] = torch.ones(7)

@@ -269,8 +269,8 @@ def test_trajectory_mode(small):
 
 OPTIONS = [
     {"pruner": "magnitude"}, {"pruner": "random"}, {"combine": "producers"}, {"combine": "consumers"},
-    {"norm_policy": "free"}, {"norm_policy": "groups"}, {"layout": "free"}, {"align": 32}, {"min_width": 56},
-    {"ratio": 0.5}, {"target_macs": "50%"}, {"target_params": "2M"},
+    {"norm_policy": "balanced"}, {"norm_policy": "groups"}, {"layout": "free"}, {"align": 32}, {"min_width": 56},
+    {"ratio": 0.5}, {"split": "sensitivity"}, {"target_macs": "50%"}, {"target_params": "2M"},
 ]  # fmt: skip
 
 

@@ -20,6 +20,12 @@ def batches_of(unet, n: int = 4, count: int = 2) -> list:
     return found
 
 
+def adds_noise(scale: float):
+    """A forward hook that adds noise to a layer's output."""
+    g = torch.Generator().manual_seed(0)
+    return lambda _module, _args, out: out + scale * torch.randn(out.shape, generator=g)
+
+
 def test_covariance_is_that_of_the_inputs() -> None:
     unet = random_unet("plain")
     seen = []
@@ -40,13 +46,13 @@ def test_gain_predicts_the_error_of_small_noise() -> None:
         batches = batches_of(unet, 8, 6)
         studies, _ = study_layers(unet, batches, [layer])
         scale = 1e-3
-        g = torch.Generator().manual_seed(0)
         error, samples = 0.0, 0
+        noisy = adds_noise(scale)
         for x, t, _ in batches:
             with torch.no_grad():
                 clean = unet(x, t).sample
                 module = unet.get_submodule(layer)
-                handle = module.register_forward_hook(lambda _, __, out: out + scale * torch.randn(out.shape, generator=g))
+                handle = module.register_forward_hook(noisy)
                 error += float((unet(x, t).sample - clean).double().square().sum())
                 handle.remove()
             samples += len(x)

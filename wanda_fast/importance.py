@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -140,7 +140,7 @@ class Random(Criterion):
 
 
 def slot_scores(
-    unet: nn.Module, slots: SlotMap, criterion: Criterion, context: Context, *, combine: str = "both"
+    unet: Any, slots: SlotMap, criterion: Criterion, context: Context, *, combine: str = "both"
 ) -> dict[str, Tensor]:
     """Importance of every channel of every slot, from all its producers and all its consumers.
 

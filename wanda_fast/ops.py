@@ -186,7 +186,7 @@ def _conv_gram_torch(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 def _conv_gram_triton(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     products = importlib.import_module("wanda_fast.kernels.conv_gram").shifted_products
-    return conv_gram_module.conv_gram(x.float(), y.float(), *args, products=products)
+    return conv_gram_module.conv_gram(x.float(), y.float(), *args, products=products)  # type: ignore[misc]
 
 
 def _reference_conv_gram(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

@@ -318,6 +318,7 @@ class _Run:
     quality: dict[str, Any] = field(default_factory=dict)
     repair_report: Any = None
     split_report: dict[str, Any] = field(default_factory=dict)
+    unet: Any = None
 
     def __post_init__(self) -> None:
         self.stages = _Stages(self.device)
@@ -416,14 +417,14 @@ class _Run:
 
     def batches(self, n: int, seed_offset: int = 0) -> Callable[[], Iterable[Any]]:
         """A function that yields the same (x_t, t, labels) batches each time it is called."""
-        from . import calibrate
+        from .calibrate import noised_batches
 
         o = self.options
         images = self.images()
         lo, hi = self._steps(o.target_steps if seed_offset == 0 else "all")
 
         def make() -> Iterable[Any]:
-            for x, t, _, labels in calibrate.noised_batches(
+            for x, t, _, labels in noised_batches(
                 self.unet, self.scheduler, images, n=n, mode=o.timesteps, target=(lo, hi), batch_size=o.batch_size,
                 seed=o.seed + seed_offset, device=self.device, dtype=torch.float32,
             ):  # fmt: skip
@@ -432,7 +433,8 @@ class _Run:
         return make
 
     def calibrate(self, analyse: bool) -> None:
-        from . import calibrate, stats
+        from . import stats
+        from .calibrate import calibrate
 
         o = self.options
         if o.load_stats is not None:
@@ -442,7 +444,7 @@ class _Run:
         elif (get_criterion(o.pruner).needs_stats and o.plan is None) or analyse:
             images = self.images()
             with self.stages("calibrate"):
-                self.stats = calibrate.calibrate(
+                self.stats = calibrate(
                     self.unet, self.scheduler, images, n=o.calib_steps, mode=o.timesteps, target_steps=o.target_steps,
                     batch_size=o.batch_size, seed=o.seed, device=self.device, dtype=self.dtype,
                     backend=_backend_of("channel_sq_norm", o.backend), progress=self.progress,

@@ -63,7 +63,7 @@ def image_weight(alphas_cumprod: Tensor, gamma: float = 1.0) -> Callable[[Tensor
 
 
 def study_layers(
-    unet: nn.Module,
+    unet: Any,
     batches: Iterable[Any],
     layers: Iterable[str],
     *,
@@ -117,15 +117,15 @@ def study_layers(
             for x, t, labels in batches:
                 probe_like = x.detach().requires_grad_(True)
                 # Time-embedding layers do not see x: let their graph start at the weights, which stay frozen otherwise.
-                start = unet.time_embedding.linear_1.bias  # type: ignore[union-attr]
-                frozen = start.requires_grad  # type: ignore[union-attr]
-                start.requires_grad_(True)  # type: ignore[union-attr, operator]
+                start = unet.time_embedding.linear_1.bias
+                frozen = bool(start.requires_grad)
+                start.requires_grad_(True)
                 noise = unet(probe_like, t, class_labels=labels).sample
                 probe = torch.randn(noise.shape, generator=generator).to(noise)
                 if weight is not None:
                     probe = probe * weight(t).sqrt().to(noise).view(-1, 1, 1, 1)
-                torch.autograd.grad((noise * probe).sum(), [probe_like, start])  # type: ignore[list-item]
-                start.requires_grad_(frozen)  # type: ignore[union-attr, operator]
+                torch.autograd.grad((noise * probe).sum(), [probe_like, start])
+                start.requires_grad_(frozen)
                 energy += float(noise.detach().double().square().sum())
                 samples += len(x)
     finally:
@@ -160,7 +160,7 @@ def removal_error(study: LayerStudy, weight: Tensor, removed: Tensor) -> Tensor:
 
 
 def damage_table(
-    unet: nn.Module,
+    unet: Any,
     slots: SlotMap,
     problem: WidthProblem,
     keep_for: Any,
@@ -193,7 +193,7 @@ def damage_table(
         for layer, offset in slot.consumers:
             study = studies[layer]
             weight = unet.get_submodule(layer).weight
-            error = removal_error(study, weight, (removed + offset).to(study.covariance.device))  # type: ignore[arg-type]
+            error = removal_error(study, weight, (removed + offset).to(study.covariance.device))
             total += float((error * study.gain).sum()) / energy
         for a, (q, _, heads, _) in slots.attentions.items():
             if q == name and heads == 1:
@@ -211,7 +211,7 @@ def damage_table(
     return result
 
 
-def _logit_error(unet: nn.Module, attention: str, studies: Mapping[str, LayerStudy], removed: Tensor) -> float:
+def _logit_error(unet: Any, attention: str, studies: Mapping[str, LayerStudy], removed: Tensor) -> float:
     """Error through the attention logits when q/k channels go, carried over with the gain of q.
 
     The logits lose Σ_r q_r k_r over the removed channels; an error of that energy is charged to q with the energy of k
@@ -221,7 +221,7 @@ def _logit_error(unet: nn.Module, attention: str, studies: Mapping[str, LayerStu
     for part in ("to_q", "to_k"):
         layer = unet.get_submodule(f"{attention}.{part}")
         study = studies[f"{attention}.{part}"]
-        w = layer.weight.detach().double()  # type: ignore[union-attr, operator]
+        w = layer.weight.detach().double()
         energies.append(torch.einsum("oi,ij,oj->o", w, study.covariance, w).cpu())
     gain = studies[f"{attention}.to_q"].gain.cpu()
     return float((energies[0] * gain)[removed].sum())

@@ -207,7 +207,7 @@ class _Walk:
             self.writes(f"{name}.{part}", [slot])
         self.attentions[name] = (q, v, heads, inner // heads)
         self.reads(f"{name}.to_out.0", [v])
-        out = self.new(f"{name}.to_out.0", module.to_out[0].out_features, "stream", level)  # type: ignore[index, union-attr, arg-type]
+        out = self.new(f"{name}.to_out.0", module.to_out[0].out_features, "stream", level)  # type: ignore[index, union-attr]
         self.writes(f"{name}.to_out.0", [out])
         if module.residual_connection:
             out = self.join(x[0], out)
@@ -336,14 +336,14 @@ def insert_identity_shortcut(unet: UNet2DModel, name: str) -> None:
     resnet = unet.get_submodule(name)
     if resnet.conv_shortcut is not None:
         return
-    like = resnet.conv2.weight  # type: ignore[union-attr]
-    width = resnet.conv2.out_channels  # type: ignore[union-attr]
-    conv = nn.Conv2d(width, width, 1, device=like.device, dtype=like.dtype)  # type: ignore[arg-type]
-    if like.device.type != "meta":  # type: ignore[union-attr]
+    like = resnet.conv2.weight
+    width = resnet.conv2.out_channels
+    conv = nn.Conv2d(width, width, 1, device=like.device, dtype=like.dtype)
+    if like.device.type != "meta":
         nn.init.dirac_(conv.weight)
         nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
     resnet.conv_shortcut = conv
-    resnet.use_in_shortcut = True  # type: ignore[assignment]
+    resnet.use_in_shortcut = True
 
 
 def resize(unet: UNet2DModel, slots: SlotMap, widths: Mapping[str, int], norm_groups: Mapping[str, int]) -> None:
