@@ -269,7 +269,7 @@ def test_trajectory_mode(small):
 
 OPTIONS = [
     {"pruner": "magnitude"}, {"pruner": "random"}, {"combine": "producers"}, {"combine": "consumers"},
-    {"norm_policy": "balanced"}, {"norm_policy": "groups"}, {"layout": "free"}, {"align": 32}, {"min_width": 56},
+    {"norm_policy": "balanced"}, {"norm_policy": "groups"}, {"align": 32}, {"min_width": 56},
     {"ratio": 0.5}, {"split": "sensitivity"}, {"target_macs": "50%"}, {"target_params": "2M"},
 ]  # fmt: skip
 
