@@ -53,8 +53,8 @@ def add_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("how much to remove (one of)")
     how_much = group.add_mutually_exclusive_group()
     how_much.add_argument("--pruning_ratio", "--ratio", dest="ratio", type=share, metavar="R", default=None,
-        help="share of all channels that is removed, 0 <= R < 1 (default: 0.3); parameters and MACs shrink by "
-        "another, often larger share")  # fmt: skip
+        help="share of all channels that is removed, 0 <= R < 1 (default: 0.3); with the split 'sensitivity' at least "
+        "this share of the MACs goes as well")  # fmt: skip
     how_much.add_argument("--target_macs", metavar="N|P%",
         help="budget of multiply-accumulates of one forward pass, such as 3.4G, or a share of the dense network's, "
         "such as 56%%")  # fmt: skip
