@@ -14,7 +14,9 @@ if not HAS_GPU:  # read when triton is first imported, so it has to be set here
 
 from wanda_fast import ops  # noqa: E402
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Beside other test processes (pytest -n) each keeps to one core: two thread pools on two cores wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")  # for subprocesses
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # (backend, device) of every implementation that an operation may have.
 TARGETS = [("reference", "cpu"), ("cpu", "cpu"), ("triton", "cpu"), ("reference", "cuda"), ("triton", "cuda"), ("cuda", "cuda")]
