@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ActivationStats",
     "PruneResult",
+    "PrunedUNet2DModel",
     "PruningPlan",
     "UserError",
     "__version__",
@@ -31,6 +32,9 @@ __all__ = [
 _LAZY: dict[str, tuple[str, str | None]] = {
     "ActivationStats": ("stats", "ActivationStats"),
     "PruneResult": ("pruning", "PruneResult"),
+    # model_index.json of the free layout names this package, and diffusers looks here for the class and for its own base of it.
+    "ModelMixin": ("pruned_unet", "ModelMixin"),
+    "PrunedUNet2DModel": ("pruned_unet", "PrunedUNet2DModel"),
     "PruningPlan": ("plan", "PruningPlan"),
     "UserError": ("errors", "UserError"),
     "calibrate": ("calibrate", None),
@@ -47,6 +51,7 @@ if TYPE_CHECKING:
     from wanda_fast.checkpoint import load_pruned
     from wanda_fast.errors import UserError
     from wanda_fast.plan import PruningPlan
+    from wanda_fast.pruned_unet import PrunedUNet2DModel
     from wanda_fast.pruning import PruneResult, prune
     from wanda_fast.repair import repair
     from wanda_fast.score import score

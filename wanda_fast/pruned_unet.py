@@ -10,13 +10,13 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from diffusers import UNet2DModel
+from diffusers import ModelMixin, UNet2DModel
 
 from .errors import UserError
 from .plan import record_of
 from .slots import find_slots, insert_identity_shortcut, resize
 
-__all__ = ["PrunedUNet2DModel"]
+__all__ = ["ModelMixin", "PrunedUNet2DModel"]
 
 
 class PrunedUNet2DModel(UNet2DModel):
