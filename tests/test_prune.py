@@ -368,3 +368,17 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch):
 def test_unknown_options_are_refused():
     with pytest.raises(TypeError, match="calib_step"):
         wanda_fast.prune(calib_step=3)
+
+
+def test_a_backend_is_for_one_call_and_said_where_it_is_lacking(monkeypatch):
+    from wanda_fast import ops
+
+    lines: list[str] = []
+    before = ops.get_backend()
+    wanda_fast.prune(ratio=0.3, pruner="magnitude", split="uniform", dry_run=True, backend="reference", log=lines.append)
+    assert ops.get_backend() == before
+    assert not any("not written for" in line for line in lines)
+    monkeypatch.setattr(ops, "homes", lambda operation: () if operation == "compact" else ("cpu", "triton"))
+    if not ops.available_backends("cpu")["cpu"]:
+        wanda_fast.prune(ratio=0.3, pruner="magnitude", split="uniform", dry_run=True, backend="cpu", log=lines.append)
+        assert "backend cpu: not written for compact, which run on the best there is" in lines

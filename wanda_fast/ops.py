@@ -376,6 +376,11 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
     }
 
 
+def homes(operation: str) -> tuple[str, ...]:
+    """Backends that an operation is written for beside the reference, best first; whether they are here is another question."""
+    return _OPS[operation].homes
+
+
 def describe_backends() -> str:
     """One line for a program's output: which backends are active, which are not and why."""
     states = available_backends()

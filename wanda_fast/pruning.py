@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from .stats import ActivationStats
 
+OPERATIONS = ("channel_sq_norm", "wanda_score", "compact", "conv_gram")
 REPAIRS = ("lstsq", "bias", "none")
 TIMESTEPS = ("random", "trajectory")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -292,18 +293,22 @@ def prune(
     if save_path is not None and not dry_run:
         checkpoint.check_target(save_path, overwrite)
     run = _Run(asked, device, progress, log or (lambda line: None))
-    run.load(model)
-    if save_path is not None and not dry_run:
-        checkpoint.check_target(save_path, overwrite, need_bytes=checkpoint.saved_bytes(run.unet))
-    run.calibrate(analyse)
-    run.make_plan()
-    if dry_run:
-        return PruneResult(None, run.plan, run.stats, run.report())
-    run.compact()
-    run.repair()
-    before, after = run.sample()
-    run.measure(before, after)
-    return run.finish(save_path, overwrite, analyse, before, after)
+    backend = ops.get_backend()
+    try:
+        run.load(model)
+        if save_path is not None and not dry_run:
+            checkpoint.check_target(save_path, overwrite, need_bytes=checkpoint.saved_bytes(run.unet))
+        run.calibrate(analyse)
+        run.make_plan()
+        if dry_run:
+            return PruneResult(None, run.plan, run.stats, run.report())
+        run.compact()
+        run.repair()
+        before, after = run.sample()
+        run.measure(before, after)
+        return run.finish(save_path, overwrite, analyse, before, after)
+    finally:
+        ops.set_backend(backend)  # the asked one is for this call alone
 
 
 @dataclass
@@ -353,9 +358,12 @@ class _Run:
             self.log(f"model: {self.name}" + (
                 " (bundled with the package; --model FOLDER_OR_HUB_ID prunes another one)" if self.bundled else ""))
             self.log(f"device: {self.device}; {ops.describe_backends()}")
-            ops_backend = self.options.backend
-            if ops_backend != "auto":
-                ops.set_backend(ops_backend)
+            if self.options.backend != "auto":
+                ops.set_backend(self.options.backend)
+            name = ops.get_backend()
+            lacking = [op for op in OPERATIONS if _backend_of(op) != name]
+            if lacking:
+                self.log(f"backend {name}: not written for {', '.join(lacking)}, which run on the best there is")
             self.slots: SlotMap = find_slots(self.unet)
             self.costs = compaction.cost_model(self.unet, self.slots)
             self.dense_params, self.dense_macs = self.costs.sizes({})
@@ -447,7 +455,7 @@ class _Run:
                 self.stats = calibrate(
                     self.unet, self.scheduler, images, n=o.calib_steps, mode=o.timesteps, target_steps=o.target_steps,
                     batch_size=o.batch_size, seed=o.seed, device=self.device, dtype=self.dtype,
-                    backend=_backend_of("channel_sq_norm", o.backend), progress=self.progress,
+                    backend=_backend_of("channel_sq_norm"), progress=self.progress,
                     dataset=self._source_of_images(),
                     # Maximum and median over the samples of a timestep need every sample's own row.
                     rows="auto" if o.activation_strategy == "mean" else "sample",
@@ -483,7 +491,7 @@ class _Run:
 
     def _choose_plan(self) -> None:
         o = self.options
-        context = Context({}, o.seed, _backend_of("wanda_score", o.backend))
+        context = Context({}, o.seed, _backend_of("wanda_score"))
         if self.stats is not None:
             context = Context(
                 {
@@ -567,7 +575,7 @@ class _Run:
 
     def compact(self) -> None:
         with self.stages("compact"):
-            self.pruned = compaction.compact(self.unet, self.plan, backend=_backend_of("compact", self.options.backend))
+            self.pruned = compaction.compact(self.unet, self.plan, backend=_backend_of("compact"))
 
     def repair(self) -> None:
         from .repair import repair
@@ -735,9 +743,10 @@ class _Run:
         return result
 
 
-def _backend_of(operation: str, asked: str) -> str | None:
-    """The asked backend; None (the best one) for an operation that has no such implementation at all."""
-    return asked if asked in ("auto", "reference") or asked in ops._OPS[operation].homes else "auto"
+def _backend_of(operation: str) -> str:
+    """The backend in force; "auto" for an operation that has no such implementation at all (the run says so)."""
+    name = ops.get_backend()
+    return name if name in ("auto", "reference") or name in ops.homes(operation) else "auto"
 
 
 def _device_name(device: torch.device) -> str:
