@@ -376,6 +376,8 @@ sys.exit(main(["prune", *sys.argv[1:]]))
 
 SIGNALS = """
 import os, signal, sys
+# A background job starts its children with SIGINT ignored; the program is tested as a terminal starts it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import wanda_fast.calibrate, wanda_fast.checkpoint, wanda_fast.model_card, wanda_fast.sampling
 from wanda_fast.cli import main
 module, name, when, number = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])

@@ -71,10 +71,11 @@ def test_sensitivity_split_is_stock_too(tmp_path):
 def test_free_layout_says_why_diffusers_cannot_open_it(small, tmp_path):
     folder = tmp_path / "out"
     wanda_fast.prune(small, save_path=folder, layout="free", target_macs="60%", **FAST)
-    for open_it, why in (("UNet2DModel", "expected shape"), ("DDPMPipeline", "wanda_fast")):
+    # diffusers words the first one in two ways, with accelerate and without.
+    for open_it, why in (("UNet2DModel", ("expected shape", "size mismatch")), ("DDPMPipeline", ("wanda_fast",))):
         code = f'import sys; sys.modules["wanda_fast"] = None; import diffusers; diffusers.{open_it}.from_pretrained(sys.argv[1])'
         done = subprocess.run([sys.executable, "-I", "-c", code, folder], capture_output=True, text=True, timeout=240)
-        assert done.returncode == 1 and why in done.stderr, done.stderr
+        assert done.returncode == 1 and any(w in done.stderr for w in why), done.stderr
     opened = script(
         "import sys; from diffusers import DDPMPipeline; import wanda_fast;"
         "print(len(wanda_fast.load_pruned(sys.argv[1])(num_inference_steps=1, output_type='np').images));"
