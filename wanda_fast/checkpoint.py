@@ -22,7 +22,6 @@ import contextlib
 import ctypes
 import errno
 import json
-import logging
 import os
 import re
 import shutil
@@ -308,21 +307,12 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 def _empty_unet(config: Mapping[str, Any], device: str) -> Any:
     """A stock or free network of this config; on the meta device it costs no memory."""
-    if "pruning" in config:
-        from . import compact
+    from . import compact
 
+    if "pruning" in config:
         dense = {k: v for k, v in config.items() if k != "pruning"}
         return compact.build_free(dense, config["pruning"], device=device)
-    from diffusers import UNet2DModel
-
-    logger = logging.getLogger("diffusers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # diffusers remarks on every attention layer built without attention_head_dim
-    try:
-        with torch.device(device):
-            return UNet2DModel.from_config(dict(config))
-    finally:
-        logger.setLevel(level)
+    return compact.new_unet(config, device)
 
 
 def _build_stock(config: Mapping[str, Any], config_file: Path) -> nn.Module:
