@@ -38,11 +38,17 @@ constexpr int64_t kScoreRows = 32;
 using NormFn = void (*)(const float* sq, int64_t sq_stride, const float* row_weight, int64_t R, int64_t c_begin, int64_t c_end,
                         float* norm, double* scratch);
 
+// Conversions of `count` neighbours, rounded to nearest even as PyTorch rounds them. Null for float itself.
+using ToFloatFn = void (*)(const void* src, float* dst, int64_t count);
+using FromFloatFn = void (*)(const float* src, void* dst, int64_t count);
+
 struct CpuKernels {
   const char* name;
   SqNormFn sq_norm[kElements];
   ScoreFn score[kElements];
   NormFn norm;
+  ToFloatFn to_float[kElements];
+  FromFloatFn from_float[kElements];
 };
 
 // Null where the compiler or the processor has no such instructions.

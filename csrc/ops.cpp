@@ -36,6 +36,22 @@ Element element_of(const Tensor& t, const char* name) {
   }
 }
 
+bool is_element(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half || type == ScalarType::BFloat16;
+}
+
+// The element type of a dtype argument, and PyTorch's own number for it.
+std::pair<Element, int32_t> wanted_type(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return {kFloat32, aoti_torch_dtype_float32()};
+    case ScalarType::Double: return {kFloat64, aoti_torch_dtype_float64()};
+    case ScalarType::Half: return {kFloat16, aoti_torch_dtype_float16()};
+    case ScalarType::BFloat16: return {kBFloat16, aoti_torch_dtype_bfloat16()};
+    default:
+      STD_TORCH_CHECK(false, "dtype: must be float32, float64, float16 or bfloat16");
+  }
+}
+
 // One C call; the dispatcher would cost more than filling a small tensor.
 Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int32_t dtype) {
   AtenTensorHandle handle = nullptr;
@@ -268,6 +284,9 @@ struct Gather {
   const int64_t* keep_out;  // null: all
   const int64_t* keep_in;
   std::vector<std::pair<int64_t, int64_t>> runs;  // (offset, length) in bytes of neighbours in keep_in, when they are long
+  bool cast;
+  Element from, to;
+  int64_t cast_row_bytes;  // of one row of the result, after the cast
 };
 
 template <class T>
@@ -275,9 +294,7 @@ void gather_elements(const T* src, T* dst, const int64_t* index, int64_t count) 
   for (int64_t i = 0; i < count; ++i) dst[i] = src[index[i]];
 }
 
-void gather_row(const Gather& g, int64_t row) {
-  const char* src = g.src + (g.keep_out ? g.keep_out[row] : row) * g.row_bytes;
-  char* dst = g.dst + row * g.out_row_bytes;
+void gather_row(const Gather& g, const char* src, char* dst) {
   if (!g.keep_in) {
     std::memcpy(dst, src, g.out_row_bytes);
     return;
@@ -304,6 +321,38 @@ void gather_row(const Gather& g, int64_t row) {
   }
 }
 
+// Through float, as PyTorch's casts between these types go (float64 to a half type rounds twice there too).
+void cast_row(const Gather& g, const char* src, char* dst) {
+  constexpr int64_t kBlock = 1024;
+  constexpr int64_t kSize[kElements] = {4, 8, 2, 2};
+  const ToFloatFn to_float = cpu_kernels().to_float[g.from];
+  const FromFloatFn from_float = cpu_kernels().from_float[g.to];
+  const int64_t count = g.out_row_bytes / kSize[g.from];
+  float block[kBlock];
+  for (int64_t i = 0; i < count; i += kBlock) {
+    const int64_t n = std::min(kBlock, count - i);
+    const char* const from = src + i * kSize[g.from];
+    char* const to = dst + i * kSize[g.to];
+    const float* values = to_float ? block : reinterpret_cast<const float*>(from);
+    if (to_float) to_float(from, from_float ? block : reinterpret_cast<float*>(to), n);
+    if (from_float) from_float(values, to, n);
+  }
+}
+
+// Rows `begin` to `end` of the result. A cast row is gathered into `scratch` first, which stays in the cache.
+void gather_rows(const Gather& g, int64_t begin, int64_t end, std::vector<char>& scratch) {
+  if (g.cast && g.keep_in) scratch.resize(g.out_row_bytes);
+  for (int64_t row = begin; row < end; ++row) {
+    const char* const src = g.src + (g.keep_out ? g.keep_out[row] : row) * g.row_bytes;
+    if (!g.cast) {
+      gather_row(g, src, g.dst + row * g.out_row_bytes);
+    } else {
+      if (g.keep_in) gather_row(g, src, scratch.data());
+      cast_row(g, g.keep_in ? scratch.data() : src, g.dst + row * g.cast_row_bytes);
+    }
+  }
+}
+
 // Copying runs beats copying elements when they are long, or when an element is not a machine word.
 void find_runs(Gather& g) {
   int64_t count = 0;
@@ -318,10 +367,13 @@ void find_runs(Gather& g) {
 }
 
 std::vector<Tensor> compact(std::vector<Tensor> tensors, std::vector<std::optional<Tensor>> keep_out,
-                            std::vector<std::optional<Tensor>> keep_in) {
+                            std::vector<std::optional<Tensor>> keep_in, std::optional<ScalarType> dtype) {
   const size_t count = tensors.size();
   STD_TORCH_CHECK(keep_out.size() == count && keep_in.size() == count, "keep_out and keep_in: must have one entry per tensor, ",
                   count, "; they have ", keep_out.size(), " and ", keep_in.size());
+  Element wanted = kFloat32;
+  int32_t wanted_dtype = 0;
+  if (dtype) std::tie(wanted, wanted_dtype) = wanted_type(*dtype);
   std::vector<Tensor> results, alive;  // alive: contiguous copies, needed until the gather is done
   std::vector<Gather> jobs(count);
   results.reserve(count);
@@ -365,9 +417,15 @@ std::vector<Tensor> compact(std::vector<Tensor> tensors, std::vector<std::option
       stride *= sizes[d];
     }
     if (channels_last) strides[0] = stride;
-    int32_t dtype = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-    Tensor result = empty_strided(sizes, strides, dtype);
+    int32_t result_dtype = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &result_dtype));
+    g.cast = dtype && t.scalar_type() != *dtype && is_element(t.scalar_type());
+    if (g.cast) {
+      g.from = element_of(t, "tensors");
+      g.to = wanted;
+      result_dtype = wanted_dtype;
+    }
+    Tensor result = empty_strided(sizes, strides, result_dtype);
     const int64_t size = static_cast<int64_t>(t.element_size());
     g.src = static_cast<const char*>(t.const_data_ptr());
     g.dst = static_cast<char*>(result.mutable_data_ptr());
@@ -375,6 +433,7 @@ std::vector<Tensor> compact(std::vector<Tensor> tensors, std::vector<std::option
     g.channel_bytes = channels_last ? size : inner * size;
     g.row_bytes = g.channels * inner * size;
     g.out_row_bytes = g.out_channels * inner * size;
+    g.cast_row_bytes = g.out_channels * inner * static_cast<int64_t>(result.element_size());
     if (g.keep_in) find_runs(g);
     results.push_back(result);
   }
@@ -396,10 +455,8 @@ std::vector<Tensor> compact(std::vector<Tensor> tensors, std::vector<std::option
   const int64_t task_count = static_cast<int64_t>(tasks.size());
   const int64_t grain = total < kTaskBytes ? std::max<int64_t>(1, task_count) : 1;
   torch::stable::parallel_for(0, task_count, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const Task& task = tasks[i];
-      for (int64_t r = task.begin; r < task.end; ++r) gather_row(jobs[task.job], r);
-    }
+    std::vector<char> scratch;
+    for (int64_t i = begin; i < end; ++i) gather_rows(jobs[tasks[i].job], tasks[i].begin, tasks[i].end, scratch);
   });
   return results;
 }

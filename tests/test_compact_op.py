@@ -42,7 +42,11 @@ def network() -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
 
 
 def check(
-    tensors: list[Tensor], rows: list[Tensor | None], columns: list[Tensor | None], target: tuple[str, str]
+    tensors: list[Tensor],
+    rows: list[Tensor | None],
+    columns: list[Tensor | None],
+    target: tuple[str, str],
+    dtype: torch.dtype | None = None,
 ) -> None:
     backend, device = target
 
@@ -50,12 +54,15 @@ def check(
         return [None if t is None else t.to(device) for t in items]
 
     moved = [t.to(device) for t in tensors]
-    results = ops.compact(moved, move(rows), move(columns), backend=backend)
+    results = ops.compact(moved, move(rows), move(columns), dtype=dtype, backend=backend)
     assert len(results) == len(tensors)
     for got, source, t, r, c in zip(results, moved, tensors, rows, columns, strict=True):
         expected = t if r is None else t[r]
         expected = expected if c is None else expected[:, c]
-        assert got.dtype == t.dtype and torch.equal(got.cpu(), expected)
+        if dtype is not None and t.dtype in ops.FLOAT_DTYPES:
+            expected = expected.to(dtype)
+        assert got.dtype == expected.dtype
+        assert torch.equal(got.cpu(), expected) or torch.allclose(got.cpu(), expected, rtol=0, atol=0, equal_nan=True)
         assert got.is_contiguous(memory_format=reference.memory_format(source)), got.stride()
         assert got.numel() == 0 or got.untyped_storage().data_ptr() != source.untyped_storage().data_ptr()
 
@@ -82,6 +89,36 @@ def test_mixed_dtypes_and_formats(target: tuple[str, str]) -> None:
 def test_channels_last_stays(dtype: torch.dtype, target: tuple[str, str]) -> None:
     tensors = [values(24, 17, 3, 3, dtype=dtype).to(memory_format=torch.channels_last) for _ in range(4)]
     check(tensors, [keep(24, 9), None, keep(24, 9), None], [keep(17, 5), keep(17, 5), None, None], target)
+
+
+@pytest.mark.parametrize("wanted", ops.FLOAT_DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_cast(wanted: torch.dtype, target: tuple[str, str]) -> None:
+    """Rounded as PyTorch rounds; other types and the memory format stay."""
+    tensors, rows, columns = network()
+    for dtype in DTYPES:
+        scattered = [t.to(dtype) if not dtype.is_floating_point else torch.randn(t.shape).to(dtype) for t in tensors]
+        scattered[2] = scattered[2].to(memory_format=torch.channels_last)
+        check(scattered, rows, columns, target, wanted)
+        check(scattered, [None] * len(tensors), [None] * len(tensors), target, wanted)
+
+
+@pytest.mark.parametrize("wanted", ops.FLOAT_DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", ops.FLOAT_DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_cast_of_special_values(dtype: torch.dtype, wanted: torch.dtype, target: tuple[str, str]) -> None:
+    """Subnormals, ties, overflow, infinities and NaN of the narrower types; every bit pattern of the half types."""
+    if dtype.itemsize == 2:
+        t = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    else:
+        edges = torch.arange(0, 2**16, 7, dtype=torch.int32) << 16
+        near = torch.cat([edges, edges + 0x7FFF, edges + 0x8000, edges + 0x8001, edges + 0x0FFF, edges + 0x1000, edges + 0x1001])
+        t = near.view(torch.float32).to(dtype)
+    t = t[: len(t) // 8 * 8].view(8, -1)
+    check([t, t.flatten()], [torch.tensor([7, 0, 3]), None], [torch.arange(1, t.shape[1]), None], target, wanted)
+
+
+def test_cast_of_a_network_to_no_float_is_refused(target: tuple[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"dtype: must be float32.*not torch\.int8"):
+        ops.compact([torch.ones(3)], [None], [None], dtype=torch.int8, backend=target[0])
 
 
 def test_sliced_inputs(target: tuple[str, str]) -> None:
@@ -137,6 +174,7 @@ def test_opcheck(target: tuple[str, str]) -> None:
     rows = [torch.tensor([0, 2], device=device), torch.tensor([1], device=device), None, None]
     columns = [torch.tensor([0, 3], device=device), None, None, torch.tensor([2, 3], device=device)]
     torch.library.opcheck(torch.ops.wanda_fast.compact.default, (tensors, rows, columns))
+    torch.library.opcheck(torch.ops.wanda_fast.compact.default, (tensors, rows, columns, torch.bfloat16))
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,8 @@ def emulated_source(text: str) -> str:
         (r"aoti_torch_device_type_cuda\(\)", "aoti_torch_device_type_cpu()"),
         (r"STABLE_TORCH_LIBRARY_IMPL\(wanda_fast, CUDA, m\)",
          "STABLE_TORCH_LIBRARY(wanda_fast_emulated, m) {\n"
-         '  m.def("compact(Tensor[] tensors, Tensor?[] keep_out, Tensor?[] keep_in) -> Tensor[]");\n'
-         '  m.def("compact_shared(Tensor[] tensors, Tensor?[] keep_out, Tensor?[] keep_in) -> Tensor[]");\n}\n'
+         '  m.def("compact(Tensor[] tensors, Tensor?[] keep_out, Tensor?[] keep_in, ScalarType? dtype=None) -> Tensor[]");\n'
+         '  m.def("compact_shared(Tensor[] tensors, Tensor?[] keep_out, Tensor?[] keep_in, ScalarType? dtype=None) -> Tensor[]");\n}\n'
          "STABLE_TORCH_LIBRARY_IMPL(wanda_fast_emulated, CPU, m)"),
     ]  # fmt: skip
     for pattern, new in replaced:
@@ -156,6 +156,19 @@ def test_gather_code_on_the_cpu(emulated: Any, dtype: torch.dtype) -> None:
         assert got.numel() == 0 or got.stride() == want.stride(), where
         assert torch.equal(got, want), where
         assert got.data_ptr() != tensors[i].data_ptr() or got.numel() == 0, where
+
+
+@pytest.mark.parametrize("wanted", ops.FLOAT_DTYPES, ids=str)
+def test_cast_on_the_cpu(emulated: Any, wanted: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(24, 17, 3, 3, generator=generator).to(d) for d in (*ops.FLOAT_DTYPES, torch.int32)]
+    tensors += [tensors[0].to(memory_format=torch.channels_last), tensors[2][0, 0, 0]]
+    keep = torch.tensor([0, 2, 5, 6, 16])
+    keeps = ([keep] * 6 + [None], [keep] * 6 + [None])
+    wanted_results = reference.compact(tensors, *keeps, wanted)
+    for results in (emulated.compact(tensors, *keeps, wanted), emulated.compact_shared(tensors, *keeps, wanted)):
+        for got, want in zip(results, wanted_results, strict=True):
+            assert got.dtype == want.dtype and got.stride() == want.stride() and torch.equal(got, want)
 
 
 @pytest.mark.parametrize("count", [1, 46, 47, 121])

@@ -34,7 +34,7 @@ from wanda_fast import reference
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 PLAIN = (Tensor, torch.nn.Parameter)  # no subclass that stands for something else, such as a fake tensor
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+FLOAT_DTYPES = reference.FLOAT_DTYPES
 
 _log = logging.getLogger("wanda_fast")
 _library = torch.library.Library("wanda_fast", "DEF")
@@ -132,7 +132,10 @@ def _fake_wanda_score_stats(weight: Tensor, sq: Tensor, row_weight: Tensor) -> t
 
 
 def _fake_compact(
-    tensors: Sequence[Tensor], keep_out: Sequence[Tensor | None], keep_in: Sequence[Tensor | None]
+    tensors: Sequence[Tensor],
+    keep_out: Sequence[Tensor | None],
+    keep_in: Sequence[Tensor | None],
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     result = []
     for t, rows, columns in zip(tensors, keep_out, keep_in, strict=True):
@@ -141,7 +144,8 @@ def _fake_compact(
             shape[0] = rows.shape[0]
         if columns is not None:
             shape[1] = columns.shape[0]
-        result.append(torch.empty(shape, dtype=t.dtype, device=t.device, memory_format=reference.memory_format(t)))
+        wanted = reference.compact_dtype(t, dtype)
+        result.append(torch.empty(shape, dtype=wanted, device=t.device, memory_format=reference.memory_format(t)))
     return result
 
 
@@ -169,15 +173,16 @@ _define(
     homes=("cpu", "triton"),
     triton_module="wanda_score",
 )
+_COMPACT = "(Tensor[] tensors, Tensor?[] keep_out, Tensor?[] keep_in, ScalarType? dtype=None) -> Tensor[]"
 _define(
     "compact",
-    "(Tensor[] tensors, Tensor?[] keep_out, Tensor?[] keep_in) -> Tensor[]",
+    _COMPACT,
     reference.compact,
     _fake_compact,
     homes=("cpu", "cuda"),
 )
 # The CUDA gather for eager calls, whose results may share an allocation.
-_library.define("compact_shared(Tensor[] tensors, Tensor?[] keep_out, Tensor?[] keep_in) -> Tensor[]")
+_library.define(f"compact_shared{_COMPACT}")
 
 
 def _conv_gram_torch(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -571,6 +576,7 @@ def compact(
     keep_out: Sequence[Tensor | None],
     keep_in: Sequence[Tensor | None],
     *,
+    dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> list[Tensor]:
     """Gather kept rows and columns of many tensors at once: t.index_select(0, keep_out).index_select(1, keep_in).
@@ -579,11 +585,12 @@ def compact(
         tensors: any dtype, one device; at least one dimension each.
         keep_out: per tensor, indices into dimension 0 (1-D int64, on the tensor's device), or None to keep all.
         keep_in: the same for dimension 1; None for 1-D tensors.
+        dtype: float32, float16, bfloat16 or float64: the results of tensors of these four dtypes are cast to it on the way, rounded
+            to nearest even; other tensors keep theirs. None casts nothing.
         backend: an explicit name never falls back.
 
     Returns:
-        New tensors (never views) of the same dtypes and memory formats: channels-last stays, all else becomes contiguous. On a
-        CUDA GPU small ones may lie side by side in one allocation, which is freed with the last of them.
+        New tensors (never views) of the same memory formats: channels-last stays, all else becomes contiguous. On a CUDA GPU small ones may lie side by side in one allocation, which is freed with the last of them.
 
     Raises:
         ValueError: lengths, shapes, dtypes or devices disagree, or an index is out of range (not checked on a GPU, where that
@@ -591,13 +598,15 @@ def compact(
         RuntimeError: the named backend is unavailable; the text says why.
     """
     tensors, keep_out, keep_in = list(tensors), list(keep_out), list(keep_in)
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise ValueError(f"dtype: must be float32, float16, bfloat16, float64 or None, not {dtype}")
     if tensors and tensors[0].is_cuda and _select("compact", backend, "cuda")[0] == "cuda":
         # C++ checks all of this at a fraction of the price, which for a network of small tensors is most of the time.
         try:
             with torch.no_grad():
                 # Under a compiler or fake tensors results must not share memory; plain calls save 65 allocations out of 66.
                 name = "compact_shared" if type(tensors[0]) in PLAIN and not torch.compiler.is_compiling() else "compact"
-                return list(getattr(torch.ops.wanda_fast, name).default(tensors, keep_out, keep_in))
+                return list(getattr(torch.ops.wanda_fast, name).default(tensors, keep_out, keep_in, dtype))
         except RuntimeError:
             _check_compact(tensors, keep_out, keep_in)
             raise
@@ -608,7 +617,7 @@ def compact(
         return []
     _, function = _select("compact", backend, tensors[0].device.type)
     try:
-        return list(function(tensors, keep_out, keep_in))
+        return list(function(tensors, keep_out, keep_in, dtype))
     except (RuntimeError, IndexError):
         _check_keep_ranges(tensors, keep_out, 0, "keep_out")
         _check_keep_ranges(tensors, keep_in, 1, "keep_in")

@@ -84,13 +84,27 @@ def memory_format(t: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def compact_dtype(t: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """Dtype that `compact` gives its result: as for `nn.Module.to`, integers and the like keep theirs."""
+    return t.dtype if dtype is None or t.dtype not in FLOAT_DTYPES else dtype
+
+
 def compact(
-    tensors: Sequence[Tensor], keep_out: Sequence[Tensor | None], keep_in: Sequence[Tensor | None]
+    tensors: Sequence[Tensor],
+    keep_out: Sequence[Tensor | None],
+    keep_in: Sequence[Tensor | None],
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """Keep rows `keep_out[i]` (dimension 0) and columns `keep_in[i]` (dimension 1) of every tensor; None keeps all.
 
+    Args:
+        dtype: of the results of floating-point tensors; None keeps each tensor's own.
+
     Returns:
-        New tensors of the same dtype and memory format, never views.
+        New tensors of the same memory format, never views.
     """
     result = []
     for t, rows, columns in zip(tensors, keep_out, keep_in, strict=True):
@@ -99,7 +113,8 @@ def compact(
             kept = kept.index_select(0, rows)
         if columns is not None:
             kept = kept.index_select(1, columns)
-        if rows is None and columns is None:
+        kept = kept.to(compact_dtype(t, dtype))
+        if rows is None and columns is None and kept.dtype == t.dtype:
             kept = kept.clone(memory_format=memory_format(t))
         result.append(kept.contiguous(memory_format=memory_format(t)))
     return result

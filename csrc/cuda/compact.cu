@@ -444,15 +444,29 @@ std::vector<Tensor> gather(std::vector<Tensor>& tensors, std::vector<std::option
   return tensors_out;
 }
 
+bool is_castable(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half || type == ScalarType::BFloat16;
+}
+
+std::vector<Tensor> gather_and_cast(std::vector<Tensor>& tensors, std::vector<std::optional<Tensor>>& keep_out,
+                                    std::vector<std::optional<Tensor>>& keep_in, std::optional<ScalarType> dtype, bool shared) {
+  STD_TORCH_CHECK(!dtype || is_castable(*dtype), "dtype: must be float32, float64, float16 or bfloat16");
+  std::vector<Tensor> results = gather(tensors, keep_out, keep_in, shared);
+  for (Tensor& t : results) {
+    if (dtype && t.scalar_type() != *dtype && is_castable(t.scalar_type())) t = torch::stable::to(t, *dtype);
+  }
+  return results;
+}
+
 std::vector<Tensor> compact(std::vector<Tensor> tensors, std::vector<std::optional<Tensor>> keep_out,
-                            std::vector<std::optional<Tensor>> keep_in) {
-  return gather(tensors, keep_out, keep_in, false);
+                            std::vector<std::optional<Tensor>> keep_in, std::optional<ScalarType> dtype) {
+  return gather_and_cast(tensors, keep_out, keep_in, dtype, false);
 }
 
 // The same for eager code: results may lie in one allocation, which an operation that takes part in compilation must not return.
 std::vector<Tensor> compact_shared(std::vector<Tensor> tensors, std::vector<std::optional<Tensor>> keep_out,
-                                   std::vector<std::optional<Tensor>> keep_in) {
-  return gather(tensors, keep_out, keep_in, true);
+                                   std::vector<std::optional<Tensor>> keep_in, std::optional<ScalarType> dtype) {
+  return gather_and_cast(tensors, keep_out, keep_in, dtype, true);
 }
 
 }  // namespace
