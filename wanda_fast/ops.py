@@ -590,7 +590,8 @@ def compact(
         backend: an explicit name never falls back.
 
     Returns:
-        New tensors (never views) of the same memory formats: channels-last stays, all else becomes contiguous. On a CUDA GPU small ones may lie side by side in one allocation, which is freed with the last of them.
+        New tensors (never views) of the same memory formats: channels-last stays, all else becomes contiguous. On a CUDA GPU
+            small ones may lie side by side in one allocation, which is freed with the last of them.
 
     Raises:
         ValueError: lengths, shapes, dtypes or devices disagree, or an index is out of range (not checked on a GPU, where that
