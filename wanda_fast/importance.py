@@ -14,8 +14,10 @@ that write or read a slot. To add one:
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,6 +29,8 @@ from .errors import UserError
 
 if TYPE_CHECKING:
     from .slots import SlotMap
+    from .stats import ActivationStats
+    from .taylor import Noised
 
 COMBINATIONS = ("both", "producers", "consumers")
 
@@ -37,13 +41,35 @@ class Context:
 
     Attributes:
         act_norm: layer -> [C_in] fp32 ‖X‖₂ of its inputs; empty unless the criterion has `needs_stats`.
+        score_tables: layer -> (energies [G, C_in], weights [G]) fp32 where ‖X‖₂ is a weighted sum over timestep groups, for
+            `ops.wanda_score_stats`, which sums on its way; other layers and strategies have `act_norm` alone.
         seed: for criteria that draw numbers.
         backend: backend of the operations.
+        stats: the whole activation statistics, where there are any.
+        identities: convolutions that only copy (shortcuts put in by the plan). No criterion is asked about them.
+        noised: (samples [N], timesteps [N]) -> calibration images at these timesteps, with their noise; None unless the criterion
+            has `needs_images`. See `wanda_fast.taylor.NoisedImages`.
+        batches: number -> that many noised images as batches (x_t, t, labels or None); None unless `needs_images`.
+        images: budget of noised images, `--calib_steps`.
+        timesteps: [low, high) that count, `--target_steps`.
+        alphas_cumprod: [T] of the noise schedule; None unless `needs_images`.
+        batch_size: images per pass.
+        thr: `--thr`, the threshold on L_t / L_max of "diff-pruning".
     """
 
     act_norm: Mapping[str, Tensor] = field(default_factory=dict)
     seed: int = 0
     backend: str | None = None
+    score_tables: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    stats: ActivationStats | None = None
+    identities: frozenset[str] = frozenset()
+    noised: Callable[[Tensor, Tensor], Noised] | None = None
+    batches: Callable[[int], Iterable[tuple[Tensor, Tensor, Tensor | None]]] | None = None
+    images: int = 1024
+    timesteps: tuple[int, int] = (0, 1000)
+    alphas_cumprod: Tensor | None = None
+    batch_size: int = 32
+    thr: float = 0.05
 
 
 class Criterion:
@@ -52,10 +78,27 @@ class Criterion:
     Attributes:
         name: what `--pruner` calls it.
         needs_stats: whether `Context.act_norm` must be filled by a calibration.
+        needs_means: whether that calibration must add up the activations too (`Context.stats.sums`).
+        needs_images: whether `prepare` needs images (`Context.noised`, `Context.batches`).
+        comparable: whether the scores of different layers have one unit. They are then averaged as they are; otherwise
+            each layer's scores are first divided by their mean over the slot, so that every layer has the same say.
+        draws_anew: whether the pruned network keeps nothing but its shape, see `draw_anew`.
+        notes: what `prepare` has to say about its work (JSON); becomes `criterion` in pruning.json.
     """
 
     name: ClassVar[str] = ""
     needs_stats: ClassVar[bool] = False
+    needs_means: ClassVar[bool] = False
+    needs_images: ClassVar[bool] = False
+    comparable: ClassVar[bool] = False
+    draws_anew: ClassVar[bool] = False
+    notes: Mapping[str, Any] = {}
+
+    def prepare(self, unet: nn.Module, context: Context) -> None:
+        """Called once before the first layer is scored, with the dense network; for gradients and the like.
+
+        It must leave the network as it was. What it finds out is kept in `self`.
+        """
 
     def layer(self, layer: str, weight: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """(row scores [C_out], column scores [C_in]) of one layer, higher is more important.
@@ -105,15 +148,19 @@ class WandaDiff(Criterion):
     needs_stats = True
 
     def layer(self, layer: str, weight: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        if layer not in context.act_norm:
+        table = context.score_tables.get(layer)
+        if table is None and layer not in context.act_norm:
             raise UserError(f"the activation statistics have no layer {layer}: they belong to another model")
-        act_norm = context.act_norm[layer].to(weight.device)
-        if act_norm.numel() != weight.shape[1]:
+        values = context.act_norm[layer] if table is None else table[0]
+        if values.shape[-1] != weight.shape[1]:
             raise UserError(
-                f"the activation statistics of {layer} have {act_norm.numel()} channels, the layer reads "
+                f"the activation statistics of {layer} have {values.shape[-1]} channels, the layer reads "
                 f"{weight.shape[1]}: they belong to another model"
             )
-        return ops.wanda_score(weight, act_norm, backend=context.backend)
+        values = values.to(weight.device)
+        if table is None:
+            return ops.wanda_score(weight, values, backend=context.backend)
+        return ops.wanda_score_stats(weight, values, table[1].to(weight.device), backend=context.backend)
 
 
 @register
@@ -147,6 +194,8 @@ def slot_scores(
     Each layer's scores are divided by their mean over the slot's channels, so that every layer has the same say.
     `combine="both"` averages the mean over the producers (rows) with the mean over the consumers (columns);
     "producers" and "consumers" use one side alone (a slot without that side, such as attention q/k, uses the other).
+    Scores of a `comparable` criterion have one unit: they are averaged undivided over all layers of the sides asked for.
+    `Criterion.prepare` must have run where the criterion has one.
 
     Returns:
         slot -> [width] float64 on the CPU, with mean 1 (0 for a slot whose scores are all zero).
@@ -164,9 +213,8 @@ def slot_scores(
             module = unet.get_submodule(layer)
             weight = module.weight.detach()
             if isinstance(module, nn.Embedding):  # [classes, C_out]: its columns are what it writes
-                rows = criterion.layer(layer, weight.T.contiguous(), Context(
-                    {layer: torch.ones(weight.shape[0])}, context.seed, context.backend))[0]
-                pair = rows, torch.empty(0)
+                alone = dataclasses.replace(context, act_norm={layer: torch.ones(weight.shape[0])})
+                pair = criterion.layer(layer, weight.T.contiguous(), alone)[0], torch.empty(0)
             else:
                 pair = criterion.layer(layer, weight, context)
             for values in pair:
@@ -175,23 +223,34 @@ def slot_scores(
             cache[layer] = pair[0].double().cpu(), pair[1].double().cpu()
         return cache[layer]
 
-    def side(layers: list[tuple[str, int]], which: int, width: int) -> Tensor | None:
+    def side(layers: list[tuple[str, int]], which: int, width: int) -> list[Tensor]:
         parts = []
         for layer, offset in layers:
+            if layer in context.identities:  # a copy prefers no channel
+                parts.append(torch.full((width,), 0.0 if criterion.comparable else 1.0, dtype=torch.float64))
+                continue
             values = both(layer)[which][offset : offset + width]
             mean = values.mean()
-            parts.append(values / mean if mean > 0 else torch.zeros(width, dtype=torch.float64))
-        return torch.stack(parts).mean(0) if parts else None
+            if not criterion.comparable:
+                values = values / mean if mean > 0 else torch.zeros(width, dtype=torch.float64)
+            parts.append(values)
+        return parts
+
+    def average(parts: list[Tensor]) -> Tensor:
+        return torch.stack(parts).mean(0)
 
     result = {}
     for name, slot in slots.slots.items():
         rows, columns = side(slot.producers, 0, slot.width), side(slot.consumers, 1, slot.width)
-        if columns is None or (combine == "producers" and rows is not None):
-            score = rows
-        elif rows is None or combine == "consumers":
-            score = columns
+        if not columns or (combine == "producers" and rows):
+            score = average(rows)
+        elif not rows or combine == "consumers":
+            score = average(columns)
+        elif criterion.comparable:
+            score = average([*rows, *columns])
         else:
-            score = (rows + columns) / 2
-        assert score is not None
+            score = (average(rows) + average(columns)) / 2
+        if criterion.comparable and score.mean() > 0:
+            score = score / score.mean()
         result[name] = score
     return result
