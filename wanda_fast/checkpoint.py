@@ -563,6 +563,34 @@ def atomic_folder(target: str | os.PathLike[str], overwrite: bool = False, *, ne
         raise
 
 
+@contextlib.contextmanager
+def atomic_file(target: str | os.PathLike[str], overwrite: bool = True) -> Iterator[Path]:
+    """Give a temporary name beside `target` to write to; when the block ends that file becomes `target` in one step.
+
+    Raises:
+        UserError: a folder is in the way, the file exists and `overwrite` is off, or the place cannot be written to.
+    """
+    path = Path(target).expanduser()
+    if path.is_dir():
+        raise UserError(f"{target}: is a folder, not a file.")
+    if path.exists() and not overwrite:
+        raise UserError(f"{target}: exists already; choose another place or allow overwriting (--overwrite).")
+    made: list[Path] = []
+    temp = path.with_name(f".{path.stem}.wanda_fast-{os.getpid()}{path.suffix}")
+    try:
+        made = _make_parents(path.parent)
+        yield temp
+        os.replace(temp, path)
+    except BaseException as error:
+        temp.unlink(missing_ok=True)
+        for parent in reversed(made):
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        if _is_disk_error(error):
+            raise UserError(f"{target}: writing failed ({_os_reason(error)}); nothing was left behind.") from error
+        raise
+
+
 def _make_parents(parent: Path) -> list[Path]:
     """Create missing parents; return those made, outermost first."""
     missing = []
