@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .distributed import Ranks, ranks
+
 
 class Sums:
     """Normal equations of rows X [M, K + 1] (last column ones) against residuals R and targets Y [M, C], in float64.
@@ -13,9 +15,11 @@ class Sums:
         unknowns: K.
         outputs: C.
         device: where the rows are; the sums are kept there too, if it knows float64, else on the CPU.
+        together: the processes that each add their own rows; None for those of this run.
     """
 
-    def __init__(self, unknowns: int, outputs: int, device: torch.device) -> None:
+    def __init__(self, unknowns: int, outputs: int, device: torch.device, together: Ranks | None = None) -> None:
+        self._ranks = together or ranks()
         self.home = torch.device("cpu") if device.type == "mps" else device
         self.xtx = self._zeros(unknowns + 1, unknowns + 1)
         self.xtr = self._zeros(unknowns + 1, outputs)
@@ -42,6 +46,12 @@ class Sums:
         """Keep rows that judge answers and take no part in them."""
         self._held.append((x, r, y))
 
+    def join(self) -> None:
+        """Add up the sums of all processes; after the last `add` of each."""
+        rows = torch.tensor(self.rows, dtype=torch.int64)
+        self._ranks.add([self.xtx, self.xtr, self.rr, self.y, self.yy, rows])
+        self.rows = int(rows)
+
     def finite(self) -> bool:
         return bool(torch.isfinite(self.xtx).all()) and bool(torch.isfinite(self.xtr).all())
 
@@ -54,18 +64,21 @@ class Sums:
         return float(rr.clamp_min(0) / _spread(self.xtx[-1, -1], self.y[columns], self.yy[columns]))
 
     def held_error(self, delta: Tensor | None, columns: slice) -> float | None:
-        """The same on the rows held out; None where there are none."""
-        if not self._held:
-            return None
+        """The same on the rows held out, those of all processes together; None where there are none."""
         if len(self._held) > 1:
             self._held = [tuple(torch.cat(parts) for parts in zip(*self._held, strict=True))]  # type: ignore[list-item]
-        x, r, y = self._held[0]
-        r, y = r[:, columns], y[:, columns]
-        if delta is not None:
-            r = r - x @ delta[:, columns].to(device=x.device, dtype=x.dtype)
-        rr, sums, squares = r.square().sum(), y.sum(0), y.square().sum(0)
-        rr, sums, squares = (v.to(self.home).double() for v in (rr, sums, squares))
-        return float(rr / _spread(torch.tensor(float(len(y))), sums, squares))
+        rr, sums, squares = self._zeros(1), self._zeros(len(self.rr[columns])), self._zeros(len(self.rr[columns]))
+        n = self._zeros(1)
+        for x, r, y in self._held:
+            r, y = r[:, columns], y[:, columns]
+            if delta is not None:
+                r = r - x @ delta[:, columns].to(device=x.device, dtype=x.dtype)
+            rr += r.square().sum().to(self.home)
+            sums += y.sum(0).to(self.home)
+            squares += y.square().sum(0).to(self.home)
+            n += len(y)
+        self._ranks.add([rr, sums, squares, n])
+        return float(rr / _spread(n, sums, squares)) if float(n) else None
 
 
 def _spread(n: Tensor, y: Tensor, yy: Tensor) -> Tensor:

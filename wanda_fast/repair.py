@@ -27,8 +27,11 @@ from torch import Tensor, nn
 
 from wanda_fast import ops
 from wanda_fast.conv_gram import map_rows, patch_rows, row_gram, rows_weight, weight_rows
+from wanda_fast.distributed import ranks
 from wanda_fast.least_squares import Sums, solve_ridge
 from wanda_fast.lockstep import Event, Hooked, Walk, peak_bytes
+from wanda_fast.offload import visiting
+from wanda_fast.resume import RepairState
 
 METHODS = ("lstsq", "bias", "none")
 TARGETS = ("block", "layer")
@@ -248,6 +251,16 @@ def _select(value: Tensor, keep: Tensor | None) -> Tensor:
     return value if keep is None else value.index_select(1, keep.to(value.device))
 
 
+@dataclass
+class _Record:
+    """One batch at one stage: its number, the data, t [N], and which of its samples judge instead of fitting."""
+
+    batch: int
+    data: _Rows
+    t: Tensor
+    held: Tensor
+
+
 class _Rows:
     """What one stage takes from one batch: input maps, and the target map left to explain."""
 
@@ -305,6 +318,8 @@ def repair(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     progress: bool = False,
+    state: str | os.PathLike[str] | None = None,
+    offload: bool = False,
 ) -> RepairReport:
     """Refit every layer of `pruned` to the dense network's outputs, (XᵀX + λI) W' = XᵀY + λW, in place.
 
@@ -336,6 +351,12 @@ def repair(
         device: where to compute; None for the pruned network's device.
         dtype: of the forward passes; float16 and bfloat16 run under autocast.
         progress: show a progress bar.
+        state: file of an unfinished repair. What it holds is taken over, and the layers done so far are written to it in one
+            step now and then (`wanda_fast.resume`); the result equals that of a run without a break. "lstsq" alone uses it.
+        offload: keep the dense network's weights in the host's memory; each layer's are copied to the device for the moment
+            that it runs.
+
+    Several processes (`wanda_fast.distributed`) take the batches in turns and add up their sums; each makes the same weights.
 
     Raises:
         ValueError: an unknown method or target, or `keep` does not fit the layers.
@@ -357,14 +378,15 @@ def repair(
     home = torch.device(device) if device is not None else next(pruned.parameters()).device
     if rows_per_unknown is None:
         rows_per_unknown = _CPU_ROWS_PER_UNKNOWN if home.type == "cpu" else math.inf
-    work_dense, work = (_working_copy(m, home) for m in (dense, pruned))
+    work_dense = _working_copy(dense, torch.device("cpu") if offload else home)
+    work = _working_copy(pruned, home)
     options = _Options(target, ridges, norms, rows_per_unknown, max_rows, timestep_weight, memory_limit, seed, dtype)
     run = _Run(work_dense, work, keep, batches, home, options, report)
-    with _full_precision():
+    with _full_precision(), visiting(work_dense, home) if offload else nullcontext():
         if method == "bias":
             run.fold_means()
         else:
-            run.least_squares(progress)
+            run.least_squares(progress, None if state is None else RepairState(state, ranks().main))
     report.settings = options.to_dict()
     source, destination = dict(work.named_modules()), dict(pruned.named_modules())
     with torch.no_grad():
@@ -431,6 +453,7 @@ class _Run:
     ) -> None:
         self.dense, self.pruned, self.keep, self.batches = dense, pruned, keep, batches
         self.device, self.options, self.report = device, options, report
+        self.ranks = ranks()
         self.dense_modules: dict[str, Any] = dict(dense.named_modules())
         self.modules: dict[str, Any] = dict(pruned.named_modules())
         self.layers = [n for n, m in self.modules.items() if _is_layer(m)]
@@ -503,12 +526,12 @@ class _Run:
 
     # ------------------------------------------------------------------------------------------------------ least squares
 
-    def least_squares(self, progress: bool) -> None:
+    def least_squares(self, progress: bool, state: RepairState | None = None) -> None:
         o = self.options
         blocks = _find_blocks(self.pruned) if o.target == "block" else {}
         norms = [n for n, m in self.modules.items() if isinstance(m, nn.GroupNorm) and m.affine] if o.norms else []
         watched = [*self.layers, *norms, *blocks.values()]
-        walks: list[tuple[Walk, Walk, Tensor]] = []
+        walks: list[tuple[int, int, Walk, Walk, Tensor]] = []  # number of the batch, images before it
         with Hooked(self.dense, watched) as dense, Hooked(self.pruned, watched) as pruned:
             first = next(iter(self.batches()), None)
             if first is None or len(first[0]) == 0:
@@ -518,42 +541,45 @@ class _Run:
             per_image = peak_bytes(lambda: self.call(one)(self.dense)) + peak_bytes(lambda: self.call(one)(self.pruned))
             budget = _memory_budget(self.device) if o.memory_limit is None else o.memory_limit
             self.report.layers += [LayerRepair(n, "skipped", remark=why) for n, why in reasons.items()]
-            sticky = [event for stage in stages for event in stage.wanted]
+            done = 0 if state is None else state.restore(self.modules, self.report)
+            sticky = [event for stage in stages[done:] for event in stage.wanted]
             try:
-                held = images = 0
-                for batch in self.batches():
+                held = images = mine = 0
+                for number, batch in enumerate(self.batches()):
                     n = len(batch[0])
-                    if not walks or (images + n) * per_image <= budget:
-                        call = self.call(batch)
-                        walks.append((Walk(dense, call), Walk(pruned, call, sticky), batch[1]))
-                    else:
-                        self.report.replayed_images += n
+                    if number % self.ranks.size == self.ranks.rank:
+                        mine += n
+                        if not walks or mine * per_image <= budget:
+                            call = self.call(batch)
+                            walks.append((number, images, Walk(dense, call), Walk(pruned, call, sticky), batch[1]))
+                        else:
+                            self.report.replayed_images += n
                     held += len(_held_index(images, n))
                     images += n
                 self.report.images = images
                 self.fit_images, self.held_images = images - held, held
 
-                def records(stage: _Stage) -> Iterator[tuple[_Rows, Tensor, Tensor]]:
-                    """(data, t, indices of the held-out samples) of every batch."""
-                    seen = 0
-                    for a, b, t in walks:
-                        yield self.rows_of(stage, a, b), t, _held_index(seen, len(t))
-                        seen += len(t)
+                def records(stage: _Stage) -> Iterator[_Record]:
+                    for number, before, a, b, t in walks:
+                        yield _Record(number, self.rows_of(stage, a, b), t, _held_index(before, len(t)))
                     if not self.report.replayed_images:
                         return
-                    for i, batch in enumerate(self.batches()):
-                        if i < len(walks):
-                            continue
-                        call = self.call(batch)
-                        a, b = Walk(dense, call), Walk(pruned, call, stage.wanted)
-                        try:
-                            yield self.rows_of(stage, a, b), batch[1], _held_index(seen, len(batch[1]))
-                        finally:
-                            a.close()
-                            b.close()
-                        seen += len(batch[1])
+                    waiting, before = {number for number, *_ in walks}, 0
+                    for number, batch in enumerate(self.batches()):
+                        if number % self.ranks.size == self.ranks.rank and number not in waiting:
+                            call = self.call(batch)
+                            a, b = Walk(dense, call), Walk(pruned, call, stage.wanted)
+                            try:
+                                held = _held_index(before, len(batch[1]))
+                                yield _Record(number, self.rows_of(stage, a, b), batch[1], held)
+                            finally:
+                                a.close()
+                                b.close()
+                        before += len(batch[1])
 
                 for number, stage in enumerate(_progress(stages, progress)):
+                    if number < done:
+                        continue
                     begun = time.perf_counter()
                     with torch.no_grad():
                         if stage.kind == "norm":
@@ -563,12 +589,17 @@ class _Run:
                     for r in results:
                         r.seconds = (time.perf_counter() - begun) / len(results)
                     self.report.layers += results
+                    if state is not None:
+                        state.save(number + 1, self.modules, self.report)
             finally:
-                for a, b, _ in walks:
+                for *_, a, b, _t in walks:
                     a.close()
                     b.close()
 
-    def fit(self, stage: _Stage, records: Iterator[tuple[_Rows, Tensor, Tensor]], number: int) -> list[LayerRepair]:
+    def exact(self, stage: _Stage, rows: int, unknowns: int) -> list[LayerRepair]:
+        return [LayerRepair(name, "exact", 0.0, 0.0, rows=rows, unknowns=unknowns) for name in stage.layers]
+
+    def fit(self, stage: _Stage, records: Iterator[_Record], number: int) -> list[LayerRepair]:
         modules = [self.modules[name] for name in stage.layers]
         widths = [m.weight[0].numel() for m in modules]
         unknowns = sum(widths) if stage.joint else widths[0]
@@ -577,14 +608,17 @@ class _Run:
         groups = [slice(0, outs[0])] if stage.joint else [slice(a, b) for a, b in itertools.pairwise(edges)]
         sums = Sums(unknowns, groups[-1].stop, self.device)
         label = " + ".join(stage.layers)
-        for index, (data, t, held) in enumerate(records):
-            self.collect(sums, stage, data, t, held, unknowns, number * 100003 + index)
-            if index == 0:
+        asked = False
+        for record in records:
+            self.collect(sums, stage, record, unknowns, number * 100003 + record.batch)
+            if not asked:
+                asked = True
                 # sums of the first batch tell whether anything was disturbed at all up to here
-                if all(sums.error(None, g) <= _EXACT[self.options.dtype] for g in groups):
-                    return [
-                        LayerRepair(name, "exact", 0.0, 0.0, rows=sums.rows, unknowns=unknowns) for name in stage.layers
-                    ]
+                if self.ranks.all(all(sums.error(None, g) <= _EXACT[self.options.dtype] for g in groups)):
+                    return self.exact(stage, sums.rows, unknowns)
+        if not asked and self.ranks.all(True):  # a rank without batches of its own
+            return self.exact(stage, 0, unknowns)
+        sums.join()
         if not sums.finite():
             raise RuntimeError(f"non-finite values in the input or output of layer {label}: the repair cannot continue")
         tries = []
@@ -627,10 +661,9 @@ class _Run:
             ]
         return results
 
-    def collect(
-        self, sums: Sums, stage: _Stage, data: _Rows, t: Tensor, held: Tensor, unknowns: int, seed: int
-    ) -> None:
+    def collect(self, sums: Sums, stage: _Stage, record: _Record, unknowns: int, seed: int) -> None:
         """Add one batch to the normal equations."""
+        data, t, held = record.data, record.t, record.held
         n = len(data.target)
         generator = torch.Generator().manual_seed(self.options.seed * 7919 + seed)
         if len(held):
@@ -700,16 +733,19 @@ class _Run:
 
     # ------------------------------------------------------------------------------------------------------------- norms
 
-    def fit_norm(self, stage: _Stage, records: Iterator[tuple[_Rows, Tensor, Tensor]]) -> list[LayerRepair]:
+    def fit_norm(self, stage: _Stage, records: Iterator[_Record]) -> list[LayerRepair]:
         """Gain and bias of a norm, channel by channel: least squares of Y on the normalised input."""
         name = stage.layers[0]
         module: Any = self.modules[name]
         gain, bias = module.weight.double(), module.bias.double()
         # [2, 6, C] sums for the fit and for the held-out images: 1, x, x², y, xy, y²
         sums = torch.zeros(2, 6, len(gain), dtype=torch.float64, device=self.device)
-        rows = 0
-        for index, (data, t, held) in enumerate(records):
+        rows = torch.zeros((), dtype=torch.int64)
+        asked = False
+        for record in records:
+            data, t, held = record.data, record.t, record.held
             if data.target.shape != data.maps[0].shape:
+                self.ranks.all(True)  # a rank without batches asks
                 return [LayerRepair(name, "skipped", remark="its channels in the dense network are not known")]
             x = F.group_norm(data.maps[0], module.num_groups, None, None, module.eps)
             y = data.target
@@ -724,8 +760,13 @@ class _Run:
             sums[1] += each[:, judge].sum(1)
             rows += (len(x) - len(held)) * data.positions
             off = float((_apply_norm(x, module) - y).square().sum() / (y - y.mean()).square().sum().clamp_min(1e-30))
-            if index == 0 and off <= _EXACT[self.options.dtype]:
-                return [LayerRepair(name, "exact", 0.0, 0.0, rows=rows, unknowns=1)]
+            if not asked:
+                asked = True
+                if self.ranks.all(off <= _EXACT[self.options.dtype]):
+                    return self.exact(stage, int(rows), 1)
+        if not asked and self.ranks.all(True):
+            return self.exact(stage, 0, 1)
+        self.ranks.add([sums, rows])
         if not bool(torch.isfinite(sums).all()):
             raise RuntimeError(f"non-finite values in the input or output of layer {name}: the repair cannot continue")
         n, sx, sxx, sy, sxy, _ = sums[0]
@@ -746,7 +787,7 @@ class _Run:
         remark = "" if better else "no fit was better"
         if not better:
             after, held_after = before, held_before
-        return [LayerRepair(name, status, before, after, held_before, held_after, rows, 1, remark=remark)]
+        return [LayerRepair(name, status, before, after, held_before, held_after, int(rows), 1, remark=remark)]
 
     # -------------------------------------------------------------------------------------------------------------- bias
 
@@ -767,9 +808,17 @@ class _Run:
                 counts[name] = counts.get(name, 0) + x[:, 0].numel()
 
         with Hooked(self.dense, cut) as hooked:
-            for batch in self.batches():
-                hooked.listen(self.call(batch), listener)
+            for number, batch in enumerate(self.batches()):
+                if number % self.ranks.size == self.ranks.rank:
+                    hooked.listen(self.call(batch), listener)
                 self.report.images += len(batch[0])
+        for name in cut if self.ranks.size > 1 else ():
+            size = self.dense_modules[name].weight.shape[1]
+            total = totals.get(name, torch.zeros(size, dtype=torch.float64, device=self.device))
+            count = torch.tensor(counts.get(name, 0), dtype=torch.int64)
+            self.ranks.add([total, count])
+            if int(count):
+                totals[name], counts[name] = total, int(count)
         for name in cut:
             keep_out, keep_in = self.keep[name]
             dense, pruned = self.dense_modules[name], self.modules[name]
@@ -797,9 +846,9 @@ def _apply_norm(x: Tensor, module: nn.GroupNorm) -> Tensor:
 @torch.no_grad()
 def _mean_output(module: Any, mean: Tensor) -> Tensor:
     """Output [C_out] of a layer whose input channels are constant at `mean` [C_in], away from borders."""
-    weight = module.weight.double()
+    weight = module.weight.double().to(mean.device)
     out = (weight if weight.dim() == 2 else weight.sum((2, 3))) @ mean
-    return out if module.bias is None else out + module.bias.double()
+    return out if module.bias is None else out + module.bias.double().to(mean.device)
 
 
 def _norm_error(sums: Tensor, gain: Tensor, bias: Tensor) -> float:

@@ -1,0 +1,169 @@
+"""What is left of a run that was killed, so that the same command goes on from there.
+
+`Unfinished` is a folder beside the target: the settings of the run, the shards of the calibration, the plan and the state of the
+repair, each written in one step. It is removed when the result is in place. `RepairState` is the one file of it that the
+repair itself reads and writes. Safetensors and JSON only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .repair import RepairReport
+
+FORMAT = "wanda_fast.unfinished/1"
+SHARDS = 16  # of a calibration
+_OVERHEAD = 20  # the repair's state is saved when this many times the seconds of the last save have passed
+
+
+def write_whole(path: Path, write: Callable[[str], None]) -> None:
+    """Let `write(name)` write a file under a temporary name and give it its own name when it is complete."""
+    handle, temp = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    os.close(handle)
+    try:
+        write(temp)
+        os.replace(temp, path)
+    except BaseException:
+        Path(temp).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file in one step."""
+
+    def write(name: str) -> None:
+        Path(name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+    write_whole(path, write)
+
+
+class Unfinished:
+    """The folder of one unfinished run.
+
+    Args:
+        target: folder that the run will write; this one is `target` + ".unfinished".
+        key: settings that decide about the result, JSON values; what was begun with others is refused.
+        write: whether this process may write (of several, one).
+
+    Raises:
+        UserError: the folder belongs to a run with other settings (names the first), or is none of ours.
+    """
+
+    def __init__(self, target: str | os.PathLike[str], key: Mapping[str, Any], *, write: bool = True) -> None:
+        path = Path(target)
+        self.folder = path.with_name(path.name + ".unfinished")
+        self._write = write
+        file = self.folder / "settings.json"
+        self.found = file.is_file()
+        if self.found:
+            try:
+                before = json.loads(file.read_text(encoding="utf-8"))
+                if before["format"] != FORMAT:
+                    raise KeyError("format")
+                before = dict(before["key"])
+            except (OSError, ValueError, KeyError, TypeError):
+                raise UserError(f"{file}: not the settings of an unfinished run; remove the folder to begin anew") from None
+            now = json.loads(json.dumps(key))
+            for name in sorted({*before, *now}):
+                if before.get(name) != now.get(name):
+                    raise UserError(
+                        f"{self.folder} holds a run with {name} = {before.get(name)}, not {now.get(name)}: repeat its command, "
+                        "or remove the folder to begin anew"
+                    )
+        elif self.folder.exists() and any(p.name[:1] != "." for p in self.folder.iterdir()):
+            raise UserError(f"{self.folder} exists and is not an unfinished run")
+        elif write:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(file, {"format": FORMAT, "key": dict(key)})
+
+    @property
+    def plan(self) -> Path:
+        return self.folder / "plan.json"
+
+    @property
+    def repair(self) -> Path:
+        return self.folder / "repair.safetensors"
+
+    def shard(self, first: int, last: int) -> Path:
+        """File of the statistics of samples first … last - 1."""
+        return self.folder / f"calibration-{first:09d}-{last:09d}.safetensors"
+
+    @staticmethod
+    def shards(first: int, last: int, unit: int) -> list[tuple[int, int]]:
+        """Ranges into which [first, last) is cut, at multiples of `unit`."""
+        step = unit * max(1, -(-(last - first) // (unit * SHARDS)))
+        return [(a, min(last, a + step)) for a in range(first, last, step)]
+
+    def remove(self) -> None:
+        if self._write:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class RepairState:
+    """File of an unfinished repair: how many stages are done, their layers' tensors and what the report says of them.
+
+    Saving takes at most a twentieth of the time.
+    """
+
+    def __init__(self, file: str | os.PathLike[str], write: bool = True) -> None:
+        self.file, self._write = Path(file), write
+        self._saved, self._cost = time.perf_counter(), 0.0
+
+    def restore(self, modules: Mapping[str, nn.Module], report: RepairReport) -> int:
+        """Put the tensors in place, complete the report, and return the number of stages that are done.
+
+        Raises:
+            UserError: a damaged file, or one of another network.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        from .repair import LayerRepair
+
+        if not self.file.is_file():
+            return 0
+        try:
+            with safe_open(self.file, framework="pt") as file:
+                head = json.loads((file.metadata() or {})["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            layers = [LayerRepair(**entry) for entry in head["layers"]]
+            targets = [(getattr(modules[n.rpartition(".")[0]], n.rpartition(".")[2]), value) for n, value in tensors.items()]
+            if any(to.shape != value.shape for to, value in targets):
+                raise ValueError("a tensor of another shape")
+            done = int(head["done"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{self.file}: not the state of this repair ({error}); remove it to begin anew") from None
+        for to, value in targets:
+            to.data.copy_(value)
+        report.layers[:] = layers
+        return done
+
+    def save(self, done: int, modules: Mapping[str, nn.Module], report: RepairReport) -> None:
+        """Write what is done so far, unless the last time is too near."""
+        from safetensors.torch import save_file
+
+        begun = time.perf_counter()
+        if not self._write or begun - self._saved < _OVERHEAD * self._cost:
+            return
+        tensors: dict[str, Tensor] = {}
+        for name in {entry.layer for entry in report.layers if entry.accepted}:
+            for part in ("weight", "bias"):
+                value = getattr(modules[name], part)
+                if value is not None:
+                    tensors[f"{name}.{part}"] = value.detach().to("cpu").contiguous()
+        state = json.dumps({"done": done, "layers": [asdict(entry) for entry in report.layers]})
+        write_whole(self.file, lambda name: save_file(tensors, name, metadata={"state": state}))
+        self._saved = time.perf_counter()
+        self._cost = self._saved - begun
