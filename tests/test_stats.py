@@ -15,6 +15,7 @@ from wanda_fast.errors import UserError
 from wanda_fast.stats import (
     ACTIVATION_STRATEGIES,
     TIME_STRATEGIES,
+    WEIGHTED,
     ActivationStats,
     fingerprint,
     parse_target_steps,
@@ -72,7 +73,17 @@ def test_strategies_follow_their_formula(activation: str, time: str, distinct: i
     got = stats.act_norm("a", time_strategy=time, activation_strategy=activation, target_steps=steps)
     assert got.dtype == torch.float32
     np.testing.assert_allclose(got.numpy(), by_hand(stats, "a", activation, time, *steps), rtol=2e-6)
-    sq, weight = stats.score_table("a", time_strategy=time, activation_strategy=activation, target_steps=steps)
+    strategy = {"time_strategy": time, "activation_strategy": activation, "target_steps": steps}
+    assert torch.equal(stats.norms(**strategy)["a"], got)
+    tables = stats.score_tables(**strategy)
+    if time not in WEIGHTED:
+        assert not tables and tables.get("a") is None
+        with pytest.raises(UserError, match=f"time strategy '{time}'"):
+            stats.score_table("a", **strategy)
+        return
+    assert list(tables) == list(stats.tables)
+    sq, weight = tables["a"]
+    assert sq.dtype == weight.dtype == torch.float32 and sq.shape == (len(weight), len(got))
     torch.testing.assert_close((weight[:, None] * sq.sqrt()).sum(0), got, rtol=2e-6, atol=0)
 
 
@@ -223,3 +234,33 @@ def test_statistics_of_another_model_are_refused() -> None:
         stats.check_model(random_unet("heads"))
     with pytest.raises(UserError, match="other weights"):
         stats.check_model(random_unet("plain", seed=1))
+
+
+def test_scores_from_tables_choose_the_same_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operation that sums over time on its way gives the plan that the separate sum gives, and `act_norm` is not asked for."""
+    from wanda_fast import ops
+    from wanda_fast.calibrate import collect_layers
+    from wanda_fast.importance import Context, get_criterion, slot_scores
+    from wanda_fast.slots import find_slots
+
+    unet = random_unet("plain")
+    rng = torch.Generator().manual_seed(4)
+    tables = {n: torch.rand(40, m.weight.shape[1], generator=rng) * 100 for n, m in collect_layers(unet).items()}
+    stats = ActivationStats(
+        tables, dict.fromkeys(tables, 4), torch.arange(40) // 4, torch.ones(40, dtype=torch.int64), torch.arange(40), 1000, {}
+    )
+    fused, asked = [], []
+    original = ops.wanda_score_stats
+    monkeypatch.setattr(ops, "wanda_score_stats", lambda *a, **k: fused.append(a) or original(*a, **k))
+    monkeypatch.setattr(ActivationStats, "act_norm", lambda self, layer, **k: asked.append(layer))
+    strategy = {"time_strategy": "weighted_mean", "target_steps": (0, 8)}
+    criterion, slots = get_criterion("wanda-diff"), find_slots(unet)
+    context = Context(stats.norms(**strategy), score_tables=stats.score_tables(**strategy))
+    scores = slot_scores(unet, slots, criterion, context)
+    assert fused and not asked
+    monkeypatch.undo()
+    plain = slot_scores(unet, slots, criterion, Context(stats.norms(**strategy)))
+    for name, expected in plain.items():
+        torch.testing.assert_close(scores[name], expected, rtol=2e-6, atol=0)
+        half = len(expected) // 2
+        assert torch.equal(scores[name].topk(half).indices.sort().values, expected.topk(half).indices.sort().values), name

@@ -27,9 +27,10 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +38,37 @@ from torch import Tensor, nn
 from .errors import UserError
 
 TIME_STRATEGIES = ("mean", "max", "median", "weighted_mean")
+WEIGHTED = ("mean", "weighted_mean")  # time strategies that are weighted sums over the groups
 ACTIVATION_STRATEGIES = ("mean", "max", "median")
 TARGET_STEPS = ("all", "early", "late", "middle")
 EXACT_GROUPS = 64
 BINS = 32
 FORMAT = "wanda_fast.activation_stats/1"
+
+
+T = TypeVar("T")
+
+
+class _PerLayer(Mapping[str, T], Generic[T]):
+    """Layer → value, worked out when first asked for."""
+
+    def __init__(self, layers: Iterable[str], make: Callable[[str], T]) -> None:
+        self._layers = dict.fromkeys(layers)
+        self._make = make
+        self._made: dict[str, T] = {}
+
+    def __getitem__(self, layer: str) -> T:
+        if layer not in self._layers:
+            raise KeyError(layer)
+        if layer not in self._made:
+            self._made[layer] = self._make(layer)
+        return self._made[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
 
 
 @dataclass
@@ -114,18 +141,32 @@ class ActivationStats:
                 f"one row per "
                 "timestep bin (calibrate with fewer images, or ask for sample rows)."
             )
-        rows, group, groups = self._groups(target_steps)
-        counts = self.counts[rows].double()
-        total = torch.zeros(groups, dtype=torch.float64).index_add_(0, group, counts)
-        when = torch.zeros(groups, dtype=torch.float64).index_add_(0, group, counts * self.timesteps[rows]) / total
-        sq = self.tables[layer].to("cpu")[rows]
         if activation_strategy == "mean":
-            energy = torch.zeros(groups, sq.shape[1], dtype=torch.float64).index_add_(0, group, sq.double())
-            return when, (energy / total[:, None]).sqrt().float()
+            when, energy = self._mean_energies(layer, target_steps)
+            return when, energy.sqrt().float()
+        rows, group, groups = self._groups(target_steps)
+        _, when = self._group_times(rows, group, groups)
+        sq = self.tables[layer].to("cpu")[rows]
         parts = [sq[group == g].sqrt() for g in range(groups)]
         if activation_strategy == "max":
             return when, torch.stack([p.amax(0) for p in parts])
         return when, torch.stack([_median(p) for p in parts])
+
+    def _group_times(self, rows: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        """(samples, mean timestep) of each group, float64."""
+        counts = self.counts[rows].double()
+        total = torch.zeros(groups, dtype=torch.float64).index_add_(0, group, counts)
+        when = torch.zeros(groups, dtype=torch.float64).index_add_(0, group, counts * self.timesteps[rows]) / total
+        return total, when
+
+    def _mean_energies(self, layer: str, target_steps: str | tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """(mean timestep [G], mean Σ x² over the samples of each group [G, C_in]), float64."""
+        if layer not in self.tables:
+            raise UserError(f"the activation statistics have no layer {layer}.")
+        rows, group, groups = self._groups(target_steps)
+        total, when = self._group_times(rows, group, groups)
+        sq = self.tables[layer].to("cpu")[rows].double()
+        return when, torch.zeros(groups, sq.shape[1], dtype=torch.float64).index_add_(0, group, sq) / total[:, None]
 
     def _groups(self, target_steps: str | tuple[int, int]) -> tuple[Tensor, Tensor, int]:
         """(indices of the rows in the target, group of each, number of groups); groups are numbered by rising
@@ -188,18 +229,48 @@ class ActivationStats:
         target_steps: str | tuple[int, int] = "all",
     ) -> tuple[Tensor, Tensor]:
         """(sq [G, C_in], row_weight [G]), float32, for ``ops.wanda_score_stats``: Σ_g row_weight[g] √sq[g, c] =
-        act_norm[c].
+        act_norm[c] up to rounding. Nothing is joined over time here, the operation does that on its way through the weight.
 
-        Strategies that are no weighted sum (max and median over time) come as a single row.
+        Raises:
+            UserError: as :meth:`grouped`, or a time strategy that is no weighted sum (max and median).
         """
-        _check_choice("time strategy", time_strategy, TIME_STRATEGIES)
-        if time_strategy in ("max", "median"):
-            norm = self.act_norm(
+        _check_choice("time strategy", time_strategy, WEIGHTED)
+        if activation_strategy == "mean":
+            when, sq = self._mean_energies(layer, target_steps)
+        else:
+            when, norms = self.grouped(layer, activation_strategy=activation_strategy, target_steps=target_steps)
+            sq = norms.square()
+        return sq.float(), self._time_weights(when, time_strategy, target_steps).float()
+
+    def norms(
+        self,
+        *,
+        time_strategy: str = "mean",
+        activation_strategy: str = "mean",
+        target_steps: str | tuple[int, int] = "all",
+    ) -> Mapping[str, Tensor]:
+        """Layer → :meth:`act_norm`, worked out when first asked for."""
+        return _PerLayer(
+            self.tables,
+            lambda layer: self.act_norm(
                 layer, time_strategy=time_strategy, activation_strategy=activation_strategy, target_steps=target_steps
-            )
-            return norm.square()[None], torch.ones(1)
-        when, norms = self.grouped(layer, activation_strategy=activation_strategy, target_steps=target_steps)
-        return norms.square(), self._time_weights(when, time_strategy, target_steps).float()
+            ),
+        )
+
+    def score_tables(
+        self,
+        *,
+        time_strategy: str = "mean",
+        activation_strategy: str = "mean",
+        target_steps: str | tuple[int, int] = "all",
+    ) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Layer → :meth:`score_table`, worked out when first asked for; empty where the time strategy is no weighted sum."""
+        return _PerLayer(
+            self.tables if time_strategy in WEIGHTED else (),
+            lambda layer: self.score_table(
+                layer, time_strategy=time_strategy, activation_strategy=activation_strategy, target_steps=target_steps
+            ),
+        )
 
     # ---------------------------------------------------------------------------------------------------------- merging
 
@@ -228,11 +299,24 @@ class ActivationStats:
         same_run = all(s.info == self.info for s in others)
         info = dict(self.info) if same_run else {"runs": [r for s in everyone for r in s.info.get("runs", [s.info])]}
         if not self.per_sample:
-            if any(not torch.equal(s.timesteps, self.timesteps) for s in others):
+            if not same_run and any(not torch.equal(s.timesteps, self.timesteps) for s in others):
                 raise UserError("statistics with different timestep bins cannot be merged.")
-            tables = {n: torch.stack([s.tables[n] for s in everyone]).sum(0) for n in self.tables}
-            counts = torch.stack([s.counts for s in everyone]).sum(0)
-            return dataclasses.replace(self, tables=tables, counts=counts, sums=sums, info=info)
+            # A part of a run has no rows for bins that none of its samples fell into.
+            timesteps, row = torch.cat([s.timesteps for s in everyone]).unique(return_inverse=True)
+
+            def added(parts: list[Tensor]) -> Tensor:
+                values = torch.cat(parts)
+                return values.new_zeros(len(timesteps), *values.shape[1:]).index_add_(0, row, values)
+
+            return dataclasses.replace(
+                self,
+                tables={n: added([s.tables[n] for s in everyone]) for n in self.tables},
+                timesteps=timesteps,
+                counts=added([s.counts for s in everyone]),
+                samples=torch.full((len(timesteps),), -1),
+                sums=sums,
+                info=info,
+            )
         samples = torch.cat([s.samples for s in everyone])
         order = torch.arange(len(samples))
         if same_run:
