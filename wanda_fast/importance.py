@@ -164,6 +164,91 @@ class WandaDiff(Criterion):
 
 
 @register
+class Taylor(Criterion):
+    """S = |Σ w · ∂L/∂w| over a row or column: what first order says the loss changes when these weights become zero.
+
+    L is the noise-prediction loss summed over all timesteps. This is the baseline "taylor" of Diff-Pruning's published code,
+    torch-pruning's `TaylorImportance(multivariable=True)`: a signed sum per layer, then its absolute value, then the plain mean over
+    all layers that write or read the channel. Weights alone count, biases and norms do not.
+
+    Source: Molchanov et al. 2019, arXiv:1906.10771, equation 8 without the square; Fang et al. 2023, arXiv:2305.10924.
+    """
+
+    name = "taylor"
+    needs_images = True
+    comparable = True
+    elementwise: ClassVar[bool] = False
+    has_threshold: ClassVar[bool] = False
+
+    def prepare(self, unet: nn.Module, context: Context) -> None:
+        from .taylor import loss_gradients
+
+        if context.noised is None:
+            raise ValueError(f"the criterion {self.name} needs images")
+        found = loss_gradients(
+            unet, context.noised, images=context.images, timesteps=context.timesteps, batch_size=context.batch_size,
+            thr=context.thr if self.has_threshold else None,
+        )  # fmt: skip
+        self.notes = found.summary()
+        self.gradients = {  # an embedding is scored as the matrix that writes the slot, outputs first
+            n: g.T if isinstance(unet.get_submodule(n), nn.Embedding) else g for n, g in found.gradients.items()
+        }
+
+    def layer(self, layer: str, weight: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        change = weight.double() * self.gradients[layer].to(weight.device, torch.float64)
+        if self.elementwise:
+            change = change.abs()
+        per_pair = change.flatten(2).sum(2) if change.ndim > 2 else change
+        return per_pair.sum(1).abs(), per_pair.sum(0).abs()
+
+
+@register
+class DiffPruning(Taylor):
+    """S = Σ |w · Σ_t ∂L_t/∂w| over a row or column, t over the timesteps with L_t / L_max > thr.
+
+    The timesteps are added from clean to noisy, t = 0, 1, 2, …, until the loss has fallen to `--thr` of the largest loss so far:
+    predicting the noise of a nearly clean image is hard, that of a nearly pure one is easy, and the easy timesteps' gradients
+    are held to be noise. The absolute value is taken per weight, torch-pruning's `TaylorImportance(multivariable=False)`.
+
+    Source: Diff-Pruning, Fang et al. 2023, arXiv:2305.10924, §4; its published code also adds the timestep that fell below the
+    threshold, the paper's definition, followed here, does not.
+    """
+
+    name = "diff-pruning"
+    elementwise = True
+    has_threshold = True
+
+
+@register
+class Reinit(WandaDiff):
+    """The plan of "wanda-diff", every weight drawn anew: what the smaller architecture alone is worth.
+
+    Widths and kept channels are those of "wanda-diff" with the same options; after the cut `draw_anew` replaces the weights of all
+    layers and norms by a fresh initialisation, so that which channels were kept no longer matters, only how many. With
+    `--repair lstsq` the result is what the repair can do on its own, with random features in the place of trained ones.
+
+    Source: the baseline "reinit" of Diff-Pruning's published code, Fang et al. 2023, arXiv:2305.10924 (there with random channels).
+    """
+
+    name = "reinit"
+    draws_anew = True
+
+
+def draw_anew(network: nn.Module, seed: int) -> None:
+    """Give every layer and norm of a network a fresh initialisation, each module's own `reset_parameters`.
+
+    The draws are made on the CPU and depend on the seed alone, not on the device or on what was drawn before.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in network.modules():
+            if callable(getattr(module, "reset_parameters", None)):
+                fresh = nn.Module.to(copy.deepcopy(module), device="cpu", dtype=torch.float32)
+                fresh.reset_parameters()  # type: ignore[operator]
+                module.load_state_dict(fresh.state_dict())
+
+
+@register
 class Magnitude(Criterion):
     """Sum of |W| per row and column: Wanda with all norms equal to one."""
 
