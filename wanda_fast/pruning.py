@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import compact as compaction
 from . import ops
 from .errors import UserError
-from .importance import COMBINATIONS, CRITERIA, Context, get_criterion, slot_scores
+from .importance import COMBINATIONS, CRITERIA, Context, draw_anew, get_criterion, slot_scores
 from .plan import (
     LAYOUTS,
     NORM_POLICIES,
@@ -59,6 +59,7 @@ class PruneOptions:
         target_macs: MACs budget, a number ("3.4G") or a share of the dense network's ("56%").
         target_params: parameter budget, likewise.
         pruner: name of a criterion, see `wanda_fast.importance`.
+        thr: of "diff-pruning": timesteps count whose loss is over this share of the largest one, 0 ≤ thr < 1.
         layout: "stock" opens with plain diffusers; "free" has one width per slot and opens with `load_pruned`.
         norm_policy: "balanced", "free" or "groups", see `wanda_fast.plan`.
         split: "uniform" cuts every level alike; "sensitivity" measures which levels or slots can spare channels.
@@ -88,6 +89,7 @@ class PruneOptions:
     target_macs: str | float | None = None
     target_params: str | float | None = None
     pruner: str = "wanda-diff"
+    thr: float = 0.05
     layout: str = "stock"
     norm_policy: str = "free"
     split: str = "sensitivity"
@@ -129,6 +131,8 @@ class PruneOptions:
             if budget is not None:
                 parse_budget(budget, 1_000_000_000, what)
         get_criterion(self.pruner)
+        if not (isinstance(self.thr, (int, float)) and 0 <= self.thr < 1):
+            raise UserError(f"the threshold is a share of the largest loss, 0 <= thr < 1; got {self.thr}")
         choices: list[tuple[str, str, Iterable[str]]] = [
             ("layout", self.layout, LAYOUTS),
             ("norm policy", self.norm_policy, NORM_POLICIES),
@@ -445,11 +449,12 @@ class _Run:
         from .calibrate import calibrate
 
         o = self.options
+        self.criterion = get_criterion(o.pruner)
         if o.load_stats is not None:
             self.stats = stats.ActivationStats.load(o.load_stats)
             self.stats.check_model(self.unet)
             self.log(f"activation statistics: read from {o.load_stats}, nothing is calibrated")
-        elif (get_criterion(o.pruner).needs_stats and o.plan is None) or analyse:
+        elif (self.criterion.needs_stats and o.plan is None) or analyse:
             images = self.images()
             with self.stages("calibrate"):
                 self.stats = calibrate(
@@ -459,7 +464,35 @@ class _Run:
                     dataset=self._source_of_images(),
                     # Maximum and median over the samples of a timestep need every sample's own row.
                     rows="auto" if o.activation_strategy == "mean" else "sample",
+                    means=self.criterion.needs_means,
                 )  # fmt: skip
+        if o.plan is None:
+            self.context = self._context()
+            with self.stages("calibrate"):
+                self.criterion.prepare(self.unet, self.context)
+            if self.criterion.notes:
+                self.log(f"{o.pruner}: " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in self.criterion.notes.items()))
+
+    def _context(self) -> Context:
+        """What the criterion may use."""
+        o = self.options
+        context = Context(
+            seed=o.seed, backend=_backend_of("wanda_score"), stats=self.stats, images=o.calib_steps,
+            timesteps=self._steps(o.target_steps), batch_size=o.batch_size, thr=float(o.thr),
+        )  # fmt: skip
+        if self.stats is not None:
+            strategy: dict[str, Any] = {
+                "time_strategy": o.time_strategy, "activation_strategy": o.activation_strategy, "target_steps": o.target_steps,
+            }  # fmt: skip
+            context.act_norm = self.stats.norms(**strategy)
+            context.score_tables = self.stats.score_tables(**strategy)
+        if self.criterion.needs_images:
+            from .taylor import NoisedImages
+
+            context.noised = NoisedImages(self.unet, self.scheduler, self.images(), seed=o.seed)
+            context.batches = lambda n: self.batches(n)()
+            context.alphas_cumprod = self.scheduler.alphas_cumprod
+        return context
 
     # ------------------------------------------------------------------------------------------------------------ plan
 
@@ -491,22 +524,6 @@ class _Run:
 
     def _choose_plan(self) -> None:
         o = self.options
-        context = Context({}, o.seed, _backend_of("wanda_score"))
-        if self.stats is not None:
-            context = Context(
-                {
-                    layer: self.stats.act_norm(
-                        layer,
-                        time_strategy=o.time_strategy,
-                        activation_strategy=o.activation_strategy,
-                        target_steps=o.target_steps,
-                    )
-                    for layer in self.stats.tables
-                },
-                o.seed,
-                context.backend,
-            )
-        criterion = get_criterion(o.pruner)
         shortcuts: list[str] = []
         unet, slots, costs = self.unet, self.slots, self.costs
         if o.layout == "stock" and o.split == "sensitivity":
@@ -515,13 +532,8 @@ class _Run:
             unet = compaction.prepared_copy(self.unet, shortcuts)
             slots = find_slots(unet)
             costs = compaction.cost_model(unet, slots)
-            if self.stats is not None:
-                for name in shortcuts:  # an identity: it must not prefer any channel
-                    context.act_norm = {
-                        **context.act_norm,
-                        f"{name}.conv_shortcut": torch.ones(unet.get_submodule(name).conv_shortcut.in_channels),
-                    }
-        scores = slot_scores(unet, slots, criterion, context, combine=o.combine)
+            self.context.identities = frozenset(f"{name}.conv_shortcut" for name in shortcuts)
+        scores = slot_scores(unet, slots, self.criterion, self.context, combine=o.combine)
         problem = self._problem(slots, costs)
         if o.split == "uniform":
             widths = uniform_widths(problem, self.target)
@@ -576,6 +588,8 @@ class _Run:
     def compact(self) -> None:
         with self.stages("compact"):
             self.pruned = compaction.compact(self.unet, self.plan, backend=_backend_of("compact"))
+            if self.criterion.draws_anew:
+                draw_anew(self.pruned, self.options.seed)
 
     def repair(self) -> None:
         from .repair import repair
@@ -684,6 +698,8 @@ class _Run:
             "device": _device_name(self.device),
             "seconds": dict(self.stages.seconds),
         }
+        if self.criterion.notes:
+            report["criterion"] = dict(self.criterion.notes)
         if self.quality:
             report["quality"] = self.quality
         if self.split_report:

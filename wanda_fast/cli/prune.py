@@ -64,6 +64,9 @@ def add_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("what to remove")
     group.add_argument("--pruner", default="wanda-diff", metavar="NAME",
         help="criterion: {pruners} (default: wanda-diff)")  # fmt: skip
+    group.add_argument("--thr", type=float, default=0.05, metavar="R",
+        help="of diff-pruning: timesteps count whose loss is over this share of the largest one, 0 <= R < 1 "
+        "(default: 0.05)")  # fmt: skip
     group.add_argument("--split", choices=("uniform", "sensitivity"), default="sensitivity",
         help="sensitivity: estimates from a few images which levels can spare channels; uniform: every level is cut "
         "alike (default: sensitivity)")  # fmt: skip
