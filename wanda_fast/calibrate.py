@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import inputs, ops
 from ._callable import make_callable
 from .errors import UserError
 from .sampling import (
@@ -46,13 +46,13 @@ class Batch(NamedTuple):
     x: Tensor
     t: Tensor
     indices: Tensor
-    labels: Tensor | None
+    labels: Any  # a dictionary for conditioned networks, see `wanda_fast.inputs`
 
 
 def calibrate(
     unet: nn.Module,
     scheduler: Any,
-    images: Tensor | None,
+    images: Tensor | Any | None,
     *,
     n: int = 1024,
     mode: str = "random",
@@ -63,6 +63,7 @@ def calibrate(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
     rows: str = "auto",
+    table_bytes: int = TABLE_LIMIT,
     means: bool = False,
     part: tuple[int, int] | None = None,
     trajectory_steps: int = 50,
@@ -74,6 +75,7 @@ def calibrate(
     Args:
         unet: UNet2DModel; moved to `device` if it is elsewhere.
         images: uint8 [N, H, W, C] or float [-1, 1] [N, C, H, W]; sample i is images[i % N]. Not used by "trajectory".
+            For a conditioned network `wanda_fast.inputs.Prompts`, or None for random ones.
         n: number of noised images.
         mode: "random": images noised to timesteps that cover the target evenly; "trajectory": states of the model's own
         DDIM
@@ -81,7 +83,7 @@ def calibrate(
         target_steps: see :func:`wanda_fast.stats.parse_target_steps`, or [low, high).
         dtype: bfloat16 or float16 runs the network under autocast. Sums are float32 always.
         backend: of ``ops.channel_sq_norm``.
-        rows: "sample", "bin", or "auto": samples while all tables together take at most 256 MiB.
+        rows: "sample", "bin", or "auto": samples while all tables together take at most `table_bytes` (256 MiB).
         means: also collect Σ x per channel (costs a second pass over every activation).
         part: only samples part[0] … part[1]-1 of the n. Parts merge to the whole run, bit for bit where they end at
         multiples of the
@@ -107,7 +109,7 @@ def calibrate(
     if not layers:
         raise UserError("the network has no Conv2d and no Linear layer.")
     width = sum(m.in_channels if isinstance(m, nn.Conv2d) else m.in_features for m in layers.values())
-    per_sample = rows == "sample" or (rows == "auto" and n * width * 4 <= TABLE_LIMIT)
+    per_sample = rows == "sample" or (rows == "auto" and n * width * 4 <= table_bytes)
     count = last - first if per_sample else BINS
     timesteps = torch.zeros(count, dtype=torch.int64)
     counts = torch.zeros(count, dtype=torch.int64)
@@ -184,7 +186,17 @@ def calibrate(
 
 
 def collect_layers(unet: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
-    """Every Conv2d and Linear by its qualified name."""
+    """Every Conv2d and Linear by its qualified name; of a network that is pruned inside its blocks those that a cut
+    touches.
+    """
+    from .inputs import is_conditioned
+
+    if is_conditioned(unet):
+        from .slots import find_slots
+
+        slots = find_slots(unet)  # type: ignore[arg-type]
+        touched = {**slots.outputs, **slots.inputs}
+        return {name: m for name, m in unet.named_modules() if name in touched and not isinstance(m, nn.GroupNorm)}  # type: ignore[misc]
     return {name: m for name, m in unet.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
 
 
@@ -319,7 +331,7 @@ def timestep_schedule(n: int, low: int, high: int, rng: torch.Generator) -> Tens
 def noised_batches(
     unet: nn.Module,
     scheduler: Any,
-    images: Tensor | None,
+    images: Tensor | Any | None,
     *,
     n: int,
     mode: str = "random",
@@ -352,6 +364,15 @@ def noised_batches(
     low, high = target or (0, int(scheduler.config.num_train_timesteps))
     first, last = part or (0, n)
     device, dtype = place(unet, device, dtype)
+    if inputs.is_conditioned(unet):
+        prompts = images if isinstance(images, inputs.Prompts) else inputs.Prompts()
+        given = inputs.conditioned_batches(
+            unet, scheduler, prompts, n=n, mode=mode, target=(low, high), batch_size=batch_size, seed=seed,
+            device=device, dtype=dtype, part=(first, last), steps=trajectory_steps,
+        )  # fmt: skip
+        for x, t, indices, condition in given:
+            yield Batch(x, t, indices, condition)
+        return
     if mode == "trajectory":
         yield from _trajectory(
             unet, scheduler, n, low, high, first, last, batch_size, seed, device, dtype, trajectory_steps
