@@ -338,6 +338,7 @@ class _Run:
     def load(self, model: Any) -> None:
         from . import checkpoint
 
+        self.asked_model = str(model) if isinstance(model, (str, Path)) else None
         with self.stages("load"):
             if model is None or isinstance(model, (str, Path)):
                 loaded = checkpoint.load_pipeline(model, dtype=torch.float32, device=self.device)
@@ -720,12 +721,20 @@ class _Run:
             found[f"level {level}"] = {"dense": dense, "pruned": kept}
         return found
 
+    def _config(self, analyse: bool) -> tuple[dict[str, Any], str]:
+        """Options that repeat this run from the command line, and what a file cannot say."""
+        values = {"model": self.asked_model, **asdict(self.options), "analyze": analyse or None}
+        if any(values[name] is not None for name in ("target_macs", "target_params", "plan")):
+            del values["ratio"]
+        note = "The model was one in memory: add --model." if self.source == "memory" else ""
+        return values, note
+
     def finish(
         self, save_path: str | Path | None, overwrite: bool, analyse: bool, before: Tensor, after: Tensor
     ) -> PruneResult:
         from diffusers import DDPMPipeline
 
-        from . import analysis, checkpoint, model_card, sampling
+        from . import analysis, checkpoint, model_card, run_config, sampling
 
         nn.Module.to(self.pruned, self.saved_dtype)
         pruned = self.pruned
@@ -752,6 +761,7 @@ class _Run:
                     result.report["analysis"] = study
                 (folder / "pruning.json").write_text(json.dumps(result.report, indent=1) + "\n", encoding="utf-8")
                 model_card.write(folder, result.report)
+                run_config.write(folder, "prune", *self._config(analyse))
             result.path = Path(save_path)
         result.report = self.report()
         if study is not None:
