@@ -141,7 +141,7 @@ def test_help_names_every_flag_and_criterion(capsys):
 
 
 def test_every_option_with_a_value_states_its_default():
-    unstated = {"target_macs", "target_params", "plan", "load_stats", "data_dir", "save_analysis"}  # nothing unless given
+    unstated = {"target_macs", "target_params", "plan", "load_stats", "data_dir", "save_analysis", "config"}  # nothing unless given
     for action in parser()._actions:
         if action.nargs != 0 and action.dest not in unstated:
             assert "(default: " in action.help, action.dest

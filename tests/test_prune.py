@@ -28,6 +28,7 @@ FILES = [  # the list under "Formats", with an analysis
     "README.md",
     "activation_stats.safetensors",
     "config.json",
+    "config.yaml",
     "diffusion_pytorch_model.safetensors",
     "model_index.json",
     "pruning.json",

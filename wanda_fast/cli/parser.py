@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from wanda_fast.errors import UserError
+
 
 def one_line(text: object) -> str:
     """Text on a single line, whatever it holds."""
@@ -44,11 +46,71 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             add_help=False,
         )
+        self.add_argument_group("all options from a file").add_argument("--config", metavar="FILE.yaml",
+            help="options by the names of these flags; those on the command line come first (a run writes such a file "
+            "into its folder: config.yaml)")  # fmt: skip
+
+    def format_help(self) -> str:
+        groups = self._action_groups
+        place = next(i for i, group in enumerate(groups) if any(a.dest == "config" for a in group._group_actions))
+        groups.append(groups.pop(place))  # made first, shown last
+        return super().format_help()
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         words = list(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)
-        return super().parse_args([*map(self._spelling, words[:end]), *words[end:]], namespace)
+        words = [*map(self._spelling, words[:end]), *words[end:]]
+        if any(word == "--config" or word.startswith("--config=") for word in words[:end]):
+            namespace = self._with_file(words, namespace or argparse.Namespace())
+        else:
+            namespace = super().parse_args(words, namespace)
+        del namespace.config  # has done its work; commands hand the rest to functions
+        return namespace
+
+    def _with_file(self, words: list[str], namespace: argparse.Namespace) -> argparse.Namespace:
+        """What the command line gives, then the file, then the defaults."""
+        from wanda_fast.cli import config
+
+        missing = object()
+        actions = [a for a in self._actions if a.dest != argparse.SUPPRESS]
+        required = [a for a in actions if a.required]
+        for action in actions:
+            setattr(namespace, action.dest, missing)
+        groups = [g for g in self._mutually_exclusive_groups if g.required]
+        demanding: list[Any] = [*required, *groups]
+        for thing in demanding:
+            thing.required = False  # the file may hold it
+        try:
+            super().parse_args(words, namespace)
+        finally:
+            for thing in demanding:
+                thing.required = True
+        # A positional argument for any number of values, given none, holds an empty list.
+        given = {a.dest for a in actions if (v := getattr(namespace, a.dest)) is not missing and (v != [] or a.option_strings)}
+        try:
+            values = config.read(self, namespace.config)
+        except UserError as error:
+            self.error(str(error))
+        barred = config.conflicting(self, given)
+        for action in actions:
+            if action.dest in given:
+                continue
+            value = action.default
+            if action.dest in values and action.dest not in barred:
+                value = values[action.dest]
+            elif isinstance(value, str):
+                value = self._get_value(action, value)
+            setattr(namespace, action.dest, value)
+        namespace.config = None
+        for action in required:
+            if getattr(namespace, action.dest) in (None, []):
+                name = "/".join(action.option_strings) or action.metavar or action.dest
+                self.error(f"the following arguments are required: {name}")
+        for group in groups:
+            if all(getattr(namespace, a.dest) in (None, False) for a in group._group_actions):
+                names = " ".join("/".join(a.option_strings) for a in group._group_actions)
+                self.error(f"one of the arguments {names} is required")
+        return namespace
 
     def _spelling(self, word: str) -> str:
         if not word.startswith("--"):
