@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from wanda_fast.analysis import _bands, analyse, save_picture
+from wanda_fast.analysis import analyse, heat_map, save_picture
 from wanda_fast.stats import ActivationStats
 
 
@@ -68,7 +68,7 @@ def test_heat_map_shows_when_a_layer_is_strong() -> None:
     t = torch.arange(0, 1000, 10)
     quiet = torch.ones(100, 3)
     quiet[t >= 500] *= 16  # four times the norm
-    edges, bands = _bands(make({"rises": quiet, "steady": torch.ones(100, 3)}, t), ["rises", "steady"], "all")
+    edges, bands = heat_map(make({"rises": quiet, "steady": torch.ones(100, 3)}, t))
     assert edges[0] < 20 and edges[-1] > 970 and bands.shape == (2, 20)
     assert np.allclose(bands[1], 0)
     assert np.allclose(bands[0, :9], bands[0, 0]) and np.allclose(bands[0, 11:] - bands[0, 0], 2)  # log₂ 4

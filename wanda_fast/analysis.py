@@ -15,6 +15,8 @@ from torch import Tensor
 from .stats import ActivationStats
 
 _BANDS = 20  # columns of the heat map
+MISSING = "#bbbbbb"  # no sample fell here
+OUTLIERS = {2: "#ee9966", 3: "#cc3311"}  # beyond 2σ, beyond 3σ
 
 
 def analyse(stats: ActivationStats, *, target_steps: str | tuple[int, int] = "all") -> dict[str, Any]:
@@ -156,7 +158,7 @@ def _draw_words(axes: Any, report: dict[str, Any]) -> None:
 
 def _draw_outliers(axes: Any, report: dict[str, Any], names: list[str]) -> None:
     where = np.arange(len(names))
-    for k, colour in ((2, "#ee9966"), (3, "#cc3311")):
+    for k, colour in OUTLIERS.items():
         shares = [100 * report["layers"][n][f"beyond_{k}_sigma"] for n in names]
         axes.barh(where, shares, color=colour, height=0.8, label=f"beyond {k}σ")
     axes.axvline(4.55, color="black", linewidth=0.8, linestyle="--", label="normal distribution, 2σ")
@@ -171,10 +173,16 @@ def _draw_outliers(axes: Any, report: dict[str, Any], names: list[str]) -> None:
 def _draw_heat_map(
     figure: Any, axes: Any, stats: ActivationStats, names: list[str], target_steps: str | tuple[int, int]
 ) -> None:
-    edges, bands = _bands(stats, names, target_steps)
+    edges, bands = heat_map(stats, target_steps)
+    draw_heat_map(figure, axes, names, edges, bands)
+
+
+def draw_heat_map(figure: Any, axes: Any, names: list[str], edges: np.ndarray, bands: np.ndarray) -> None:
+    """Layer × timestep map of the output of :func:`heat_map`."""
     # The time embedding moves far more than all else: its extremes may saturate, so that the other layers show.
     limit = float(np.nanquantile(np.abs(bands), 0.95)) if np.isfinite(bands).any() else 1.0
     limit = min(max(limit, 0.1), 2.0)
+    axes.set_facecolor(MISSING)
     picture = axes.imshow(
         bands,
         aspect="auto",
@@ -193,10 +201,11 @@ def _draw_heat_map(
     bar.set_label("norm relative to the layer's mean over time")
 
 
-def _bands(
-    stats: ActivationStats, names: list[str], target_steps: str | tuple[int, int]
+def heat_map(
+    stats: ActivationStats, target_steps: str | tuple[int, int] = "all"
 ) -> tuple[np.ndarray, np.ndarray]:
     """(edges [B + 1], log₂ of a layer's norm over its mean over time [layers, B]); NaN where no sample fell."""
+    names = list(stats.tables)
     when, _ = stats.grouped(names[0], target_steps=target_steps)
     t = when.numpy()
     low, high = (0, stats.num_train_timesteps) if len(t) == 1 else (t.min(), t.max() + 1)
