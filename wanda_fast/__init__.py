@@ -16,6 +16,9 @@ __version__ = "0.1.0"
 __all__ = [
     "ActivationStats",
     "PruneResult",
+    "PrunedDiTTransformer2DModel",
+    "PrunedPixArtTransformer2DModel",
+    "PrunedUNet2DConditionModel",
     "PrunedUNet2DModel",
     "PruningPlan",
     "UserError",
@@ -34,6 +37,9 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "PruneResult": ("pruning", "PruneResult"),
     # model_index.json of the free layout names this package, and diffusers looks here for the class and for its own base of it.
     "ModelMixin": ("pruned_unet", "ModelMixin"),
+    "PrunedDiTTransformer2DModel": ("pruned_unet", "PrunedDiTTransformer2DModel"),
+    "PrunedPixArtTransformer2DModel": ("pruned_unet", "PrunedPixArtTransformer2DModel"),
+    "PrunedUNet2DConditionModel": ("pruned_unet", "PrunedUNet2DConditionModel"),
     "PrunedUNet2DModel": ("pruned_unet", "PrunedUNet2DModel"),
     "PruningPlan": ("plan", "PruningPlan"),
     "UserError": ("errors", "UserError"),
@@ -51,7 +57,12 @@ if TYPE_CHECKING:
     from wanda_fast.checkpoint import load_pruned
     from wanda_fast.errors import UserError
     from wanda_fast.plan import PruningPlan
-    from wanda_fast.pruned_unet import PrunedUNet2DModel
+    from wanda_fast.pruned_unet import (
+        PrunedDiTTransformer2DModel,
+        PrunedPixArtTransformer2DModel,
+        PrunedUNet2DConditionModel,
+        PrunedUNet2DModel,
+    )
     from wanda_fast.pruning import PruneResult, prune
     from wanda_fast.repair import repair
     from wanda_fast.score import score

@@ -194,9 +194,9 @@ def collect_layers(unet: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
     if is_conditioned(unet):
         from .slots import find_slots
 
-        slots = find_slots(unet)  # type: ignore[arg-type]
+        slots = find_slots(unet)
         touched = {**slots.outputs, **slots.inputs}
-        return {name: m for name, m in unet.named_modules() if name in touched and not isinstance(m, nn.GroupNorm)}  # type: ignore[misc]
+        return {name: m for name, m in unet.named_modules() if name in touched and not isinstance(m, nn.GroupNorm)}
     return {name: m for name, m in unet.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
 
 

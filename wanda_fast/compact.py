@@ -1,7 +1,7 @@
-"""Plan → smaller network: physical compaction of every tensor of a UNet2DModel, and its new configuration.
+"""Plan → smaller network: physical compaction of every tensor of a network, and its new configuration.
 
-The pruned network is a plain UNet2DModel in the `stock` layout. In the `free` layout it is a PrunedUNet2DModel: the
-same forward pass over modules whose widths a stock configuration cannot express.
+The pruned network is a plain UNet2DModel in the `stock` layout. In the `free` layout it is a PrunedUNet2DModel (or
+PrunedUNet2DConditionModel, ...): the same forward pass over modules whose widths a stock configuration cannot express.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .errors import UserError
+from .inner_slots import base_class, is_inner
 from .plan import CostModel, LayerCost, PruningPlan, architecture_fingerprint
 from .slots import SlotMap, find_slots, insert_identity_shortcut
 
@@ -39,16 +40,26 @@ def _quiet_diffusers():
         logger.setLevel(level)
 
 
-def new_unet(config: Mapping[str, Any], device: str | torch.device = "meta") -> UNet2DModel:
-    """An unet of this configuration; on the meta device by default, which costs no memory."""
-    from diffusers import UNet2DModel
+def new_unet(
+    config: Mapping[str, Any], device: str | torch.device = "meta", base: str = "UNet2DModel"
+) -> UNet2DModel:
+    """A network of this configuration and diffusers class; on the meta device by default, which costs no memory."""
+    import diffusers
 
     with torch.device(device), _quiet_diffusers():
-        return UNet2DModel.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+        return getattr(diffusers, base).from_config({k: v for k, v in config.items() if not k.startswith("_")})
 
 
 def prepared_copy(unet: UNet2DModel, identity_shortcuts: list[str]) -> UNet2DModel:
-    """A copy of the dense network with the plan's identity shortcuts inserted: computes the same function."""
+    """The dense network with the plan's identity shortcuts inserted: computes the same function.
+
+    A copy, except for networks that are pruned inside their blocks: nothing is ever inserted there, so they are given
+    back as they are.
+    """
+    if is_inner(unet):
+        if identity_shortcuts:
+            raise UserError(f"the plan does not fit this network: {type(unet).__name__} takes no identity shortcuts")
+        return unet
     twin = copy.deepcopy(unet)
     for name in identity_shortcuts:
         insert_identity_shortcut(twin, name)
@@ -104,7 +115,7 @@ def gather_state(unet: UNet2DModel, slots: SlotMap, plan: PruningPlan, *, backen
     }
     state = unet.state_dict()
     for key, tensor in state.items():
-        layer, kind = key.rsplit(".", 1)
+        layer, _, kind = key.rpartition(".")
         out, read = moved.get(layer, (None, None))
         if kind == "weight" and tensor.ndim >= 2 and isinstance(unet.get_submodule(layer), nn.Embedding):
             out, read = None, out  # an embedding writes its columns
@@ -209,6 +220,8 @@ def compact(unet: UNet2DModel, plan: PruningPlan, *, backend: str | None = None)
     dense = prepared_copy(unet, plan.identity_shortcuts)
     slots = find_slots(dense)
     check_plan(plan, unet, slots)
+    if is_inner(unet):
+        return _compact_inner(unet, slots, plan, backend=backend)
     state = gather_state(dense, slots, plan, backend=backend)
     if plan.layout == "stock":
         if plan.config is None:
@@ -227,6 +240,33 @@ def compact(unet: UNet2DModel, plan: PruningPlan, *, backend: str | None = None)
     return pruned.requires_grad_(False).eval()
 
 
+def _compact_inner(unet: Any, slots: SlotMap, plan: PruningPlan, *, backend: str | None = None) -> Any:
+    """`compact` of a network that is pruned inside its blocks; layers that no slot touches are copied."""
+    if plan.layout != "free":
+        raise UserError(f"the plan does not fit this network: no stock configuration of {base_class(unet)} can express it")
+    pruned = build_free(plan.dense_config, plan.record, base=base_class(unet))
+    adopt(pruned, gather_state(unet, slots, plan, backend=backend), unet)
+    return pruned
+
+
+def adopt(pruned: nn.Module, state: Mapping[str, Tensor], dense: nn.Module) -> None:
+    """Give an empty network these tensors, and the buffers that are no part of a state dict (position embeddings).
+
+    Raises:
+        UserError: names or shapes differ.
+    """
+    try:
+        pruned.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"the plan does not fit this network: {str(error).splitlines()[-1].strip()}") from None
+    modules = dict(pruned.named_modules())
+    for name, buffer in dense.named_buffers():
+        parent, _, child = name.rpartition(".")
+        if name not in state:
+            modules[parent].register_buffer(child, buffer.clone(), persistent=False)
+    pruned.requires_grad_(False).eval()
+
+
 def sinusoid_consumers(unet: UNet2DModel) -> tuple[str, ...]:
     """Layers that read the sinusoidal timestep embedding, whose width a stock configuration ties to level 0."""
     if unet.config.get("time_embedding_type", "positional") != "positional":
@@ -235,16 +275,21 @@ def sinusoid_consumers(unet: UNet2DModel) -> tuple[str, ...]:
     return ("time_embedding.linear_1", "class_embedding.linear_1") if by_class else ("time_embedding.linear_1",)
 
 
-def build_free(config: Mapping[str, Any], record: Mapping[str, Any], device: str | torch.device = "meta") -> UNet2DModel:
-    """An empty free-layout network from the dense configuration and a pruning record.
+def build_free(
+    config: Mapping[str, Any],
+    record: Mapping[str, Any],
+    device: str | torch.device = "meta",
+    base: str = "UNet2DModel",
+) -> UNet2DModel:
+    """An empty free-layout network from the dense configuration, its diffusers class and a pruning record.
 
     Raises:
         UserError: the record does not fit the configuration.
     """
-    from .pruned_unet import PrunedUNet2DModel
+    from . import pruned_unet
 
     with torch.device(device), _quiet_diffusers():
-        return PrunedUNet2DModel(pruning=dict(record), **{k: v for k, v in config.items() if not k.startswith("_")})
+        return getattr(pruned_unet, f"Pruned{base}")(pruning=dict(record), **{k: v for k, v in config.items() if not k.startswith("_")})
 
 
 def cost_model(unet: UNet2DModel, slots: SlotMap) -> CostModel:
@@ -252,6 +297,8 @@ def cost_model(unet: UNet2DModel, slots: SlotMap) -> CostModel:
 
     The number of output positions of every layer is read off a forward pass on the meta device.
     """
+    if is_inner(unet):
+        return _inner_costs(unet, slots)
     twin = new_unet(unet.config)
     for name, module in unet.named_modules():
         if type(module).__name__ == "ResnetBlock2D" and module.conv_shortcut is not None:
@@ -294,3 +341,39 @@ def cost_model(unet: UNet2DModel, slots: SlotMap) -> CostModel:
         elif type(module).__name__ == "GaussianFourierProjection":
             layers.append(LayerCost(name, 1, module.weight.numel(), 1, 0, 0))
     return CostModel(layers, slots, norms, sinusoid_consumers(unet))
+
+
+def _inner_costs(unet: Any, slots: SlotMap) -> CostModel:
+    """`cost_model` of a network that is pruned inside its blocks; layers that are called twice count twice."""
+    from .inputs import Prompts, forward, input_spec
+
+    twin = new_unet(unet.config, base=base_class(unet))
+    positions: dict[str, int] = {}
+
+    def watch(name: str, module: nn.Module) -> None:
+        def hook(_: nn.Module, __: Any, out: Tensor) -> None:
+            count = math.prod(out.shape[2:]) if isinstance(module, nn.Conv2d) else out.numel() // out.shape[-1]
+            positions[name] = positions.get(name, 0) + count
+
+        module.register_forward_hook(hook)
+
+    for name, module in twin.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            watch(name, module)
+    spec = input_spec(unet)
+    with torch.no_grad():
+        condition = {k: v.to("meta") for k, v in Prompts().pick(spec, [0], [True], 0, "cpu").items()}
+        time = torch.zeros(1, dtype=torch.int64, device="meta")
+        forward(twin.eval(), torch.empty(1, *spec.shape, device="meta"), time, condition)
+    layers, counted = [], 0
+    for name, module in twin.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            rows, columns = module.weight.shape[:2]
+            kernel = module.weight[0, 0].numel()
+            cost = LayerCost(name, columns, rows, kernel, int(module.bias is not None), kernel * positions.get(name, 0))
+            layers.append(cost)
+            counted += cost.kernel * rows * columns + cost.vector * rows
+    norms = {name: channels for name, (_, channels) in slots.norms.items()}
+    counted += 2 * sum(norms.values())
+    rest = sum(p.numel() for p in twin.parameters()) - counted
+    return CostModel(layers, slots, norms, constant=rest)

@@ -186,6 +186,7 @@ class CostModel:
     slots: SlotMap
     norms: dict[str, int]
     sinusoid_consumers: tuple[str, ...] = ()
+    constant: int = 0  # parameters of everything else
 
     def sizes(self, widths: Mapping[str, int], *, sinusoid: int | None = None) -> tuple[int, int]:
         """(parameters, MACs) for kept channels per slot; slots that are absent stay whole.
@@ -193,7 +194,7 @@ class CostModel:
         Args:
             sinusoid: new width of the sinusoidal time embedding, where the layout changes it.
         """
-        slots, params, macs = self.slots, 0, 0
+        slots, params, macs = self.slots, self.constant, 0
 
         def total(segments: tuple, dense: int) -> int:
             if not segments:
@@ -566,7 +567,9 @@ def free_problem(slots: SlotMap, costs: CostModel, policy: str, align: int, min_
         counts = set(legal_counts(slots, name, policy, "free", align, minimum))
         for other in members[1:]:
             counts &= set(legal_counts(slots, other, policy, "free", align, minimum)) | {slot.width}
-        fine = [c for c in sorted(counts) if c % max(1, slot.width // 16) == 0]  # sixteenths are fine enough
+        fine = sorted(counts)
+        if len(fine) > 24:  # sixteenths are fine enough
+            fine = [c for c in fine if c % max(1, slot.width // 16) == 0]
         options[name] = [dict.fromkeys(members, c) for c in fine]
     return WidthProblem(slots, costs, options, lambda widths: True, lambda widths: None)
 

@@ -23,6 +23,7 @@ KINDS = ("ddim", "ddpm")
 CPU_PASS = 8  # images per forward pass on a CPU; measured: as fast as 32
 # Streams keep the draws for one image independent of each other.
 STREAMS = {"image": 1, "ddpm": 2, "label": 3, "calibration": 4, "timesteps": 5, "trajectory": 6}
+STREAMS |= {"latent": 21, "prompt": 22, "pooled": 23}  # of conditioned networks
 
 
 def sample(
@@ -115,6 +116,11 @@ def check_network(unet: nn.Module, scheduler: Any) -> None:
         learned
             time embeddings that is shorter than the noise schedule.
     """
+    from . import inputs
+
+    if inputs.is_conditioned(unet):
+        inputs.check_conditioned(unet, scheduler)
+        return
     config: Any = unet.config
     total = int(scheduler.config.num_train_timesteps)
     if config.get("time_embedding_type") == "learned" and config["num_train_timesteps"] < total:
@@ -137,6 +143,10 @@ def image_shape(unet: nn.Module) -> tuple[int, int, int]:
     Raises:
         UserError: the config has no sample_size.
     """
+    from . import inputs
+
+    if inputs.is_conditioned(unet):
+        return inputs.input_spec(unet).shape
     config: Any = unet.config
     size = config["sample_size"]
     if size is None:
@@ -157,16 +167,18 @@ def place(
 
 
 def predict(
-    unet: nn.Module, x: Tensor, t: Tensor, labels: Tensor | None = None, *, dtype: torch.dtype | None = None
+    unet: nn.Module, x: Tensor, t: Tensor, labels: Any = None, *, dtype: torch.dtype | None = None
 ) -> Tensor:
     """The network's output for x_t at timesteps t, in float32.
 
     Args:
         x: [N, C, H, W].
         t: [N] int64.
-        labels: [N] int64 for class-conditional networks.
+        labels: [N] int64 for class-conditional networks; a dictionary for conditioned ones, see `wanda_fast.inputs`.
         dtype: where it differs from the parameters' dtype the forward pass runs under autocast.
     """
+    from .inputs import forward
+
     own = next(unet.parameters()).dtype
     dtype = dtype or own
     x = x.to(own).contiguous(memory_format=torch.channels_last)
@@ -176,7 +188,7 @@ def predict(
         else contextlib.nullcontext()
     )
     with autocast:
-        out = unet(x, t, class_labels=labels, return_dict=False)[0]
+        out = forward(unet, x, t, labels)
     return out.float()
 
 
@@ -248,8 +260,14 @@ def noise(shape: Sequence[int], indices: Sequence[int], seed: int, stream: str) 
 
 def class_labels(
     unet: nn.Module, indices: Sequence[int], seed: int, device: torch.device | str = "cpu"
-) -> Tensor | None:
-    """Random labels [len(indices)] int64 of a class-conditional network, None for an unconditional one."""
+) -> Any:
+    """Random labels [len(indices)] int64 of a class-conditional network, None for an unconditional one; a dictionary of
+    random conditioning where the network takes one.
+    """
+    from . import inputs
+
+    if inputs.is_conditioned(unet):
+        return inputs.Prompts().pick(inputs.input_spec(unet), indices, [True] * len(indices), seed, device or "cpu")
     config: Any = unet.config
     if getattr(unet, "class_embedding", None) is None:
         return None

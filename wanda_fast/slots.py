@@ -1,5 +1,7 @@
 """Coupled channel sets ("slots") of a diffusers UNet2DModel, and where every tensor is cut.
 
+(Text-to-image UNets and transformers have slots of the same form, found by `wanda_fast.inner_slots`.)
+
 A slot is one set of channels that can only be removed together: every layer that writes it (producers), every layer
 that reads it (consumers) and every norm that sees it. Residual additions join the slots of their two operands,
 concatenations put several slots side by side. The module tree of the network is walked once, in execution order;
@@ -49,7 +51,8 @@ class Slot:
         name: the first layer that writes it, such as "down_blocks.0.resnets.0.conv1".
         width: channels in the dense network.
         kind: "stream" (residual stream), "inner" (inside a resnet), "qk" or "v" (attention with one head),
-            "heads" (attention with several heads), "time_hidden" or "time" (the time embedding's two widths).
+            "heads" (attention with several heads), "feed_forward" (hidden neurons), "time_hidden" or "time" (the time
+            embedding's two widths).
         levels: resolution levels whose width this slot has; empty for the time embedding.
         unit: channels that go together, the head size for "heads", 1 otherwise.
         prunable: False when the width is given from outside (an identity class embedding).
@@ -99,7 +102,10 @@ def check_supported(unet: nn.Module) -> None:
         UserError: the network is not a UNet2DModel, or has a block or option that is not supported.
     """
     if type(unet).__name__ not in ("UNet2DModel", "PrunedUNet2DModel"):
-        raise UserError(f"{type(unet).__name__} is not supported: only UNet2DModel can be pruned")
+        from .inner_slots import INNER_CLASSES
+
+        known = ", ".join(("UNet2DModel", *INNER_CLASSES))
+        raise UserError(f"{type(unet).__name__} is not supported: only {known} can be pruned")
     blocks = [*unet.down_blocks, *unet.up_blocks]  # type: ignore[misc]
     if unet.mid_block is not None:
         blocks.append(unet.mid_block)
@@ -238,11 +244,16 @@ class _Walk:
 
 
 def find_slots(unet: UNet2DModel) -> SlotMap:
-    """Walk a UNet2DModel and return its channel slots.
+    """Walk a network and return its channel slots: all of a UNet2DModel, those inside the blocks of the classes that
+    `wanda_fast.inner_slots` knows.
 
     Raises:
         UserError: a block or option that is not supported, by name.
     """
+    from .inner_slots import find_inner_slots, is_inner
+
+    if is_inner(unet):
+        return find_inner_slots(unet)
     check_supported(unet)
     walk = _Walk()
     embedding = unet.time_embedding
@@ -405,7 +416,7 @@ def _follow_attributes(unet: UNet2DModel, slots: SlotMap, widths: Mapping[str, i
             q, _, heads, size = slots.attentions[name]
             inner = widths.get(q, slots.slots[q].width)
             module.inner_dim = module.inner_kv_dim = inner
-            module.query_dim = module.cross_attention_dim = module.to_q.in_features
+            module.query_dim, module.cross_attention_dim = module.to_q.in_features, module.to_k.in_features
             module.out_dim = module.out_context_dim = module.to_out[0].out_features
             if heads == 1:
                 module.scale = inner**-0.5
