@@ -16,7 +16,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wanda_fast import ops
+from wanda_fast import inputs, ops
 from wanda_fast.conv_gram import map_rows, patch_rows, row_gram, rows_weight, weight_rows
 from wanda_fast.distributed import ranks
 from wanda_fast.least_squares import Sums, solve_ridge
@@ -37,7 +37,7 @@ METHODS = ("lstsq", "bias", "none")
 TARGETS = ("block", "layer")
 
 Keep = dict[str, tuple["Tensor | None", "Tensor | None"]]
-Batch = tuple[Tensor, Tensor, "Tensor | None"]
+Batch = tuple[Tensor, Tensor, Any]  # x_t, t, and labels, a dictionary of conditioning, or None
 
 HELD_OUT = 8  # every 8th image of a batch judges the fit and takes no part in it
 _CPU_ROWS_PER_UNKNOWN = 8.0
@@ -168,7 +168,7 @@ def _plan_stages(
     """Stages in execution order, reasons of the layers that are left alone, and for each norm the layer that reads it."""
     modules = dict(hooked.model.named_modules())
     order: list[str] = []
-    inputs: dict[str, Tensor] = {}
+    received: dict[str, Tensor] = {}
     calls: dict[str, int] = {}
 
     def listener(event: Event, value: Any) -> None:
@@ -176,7 +176,7 @@ def _plan_stages(
         if side == "in" and name not in blocks.values():
             order.append(name)
             calls[name] = calls.get(name, 0) + 1
-            inputs[name] = value  # kept alive, so that identity means "the same tensor"
+            received[name] = value  # kept alive, so that identity means "the same tensor"
 
     hooked.listen(call, listener)
     reasons = {
@@ -184,6 +184,8 @@ def _plan_stages(
     }
     for name, times in calls.items():
         why = _unsupported(modules[name]) or (f"called {times} times in one pass" if times > 1 else "")
+        if not why and len(received[name]) != 1:  # of an image: the sums tell images apart by dimension 0
+            why = "its dimension 0 is not the batch"
         if why:
             reasons[name] = why
     order = [name for name in order if name not in reasons]
@@ -214,7 +216,7 @@ def _plan_stages(
         else:
             stage = _Stage("linear", [name], [(name, "in")])
             for other in order[i + 1 :]:
-                if isinstance(modules[name], nn.Linear) and inputs[other] is inputs[name] and other not in blocks:
+                if isinstance(modules[name], nn.Linear) and received[other] is received[name] and other not in blocks:
                     stage.layers.append(other)
                 else:
                     break
@@ -334,7 +336,8 @@ def repair(
         pruned: a network with the same names of Conv2d and Linear layers; its weights, biases and norm gains are changed in place
             at the very end, in their own dtype.
         keep: layer -> (output channels, input channels) of the dense layer that the pruned one keeps, int64; None for all.
-        batches: makes the iterable of (x_t [N, C, H, W], t [N], labels [N] or None); each call must give the same.
+        batches: makes the iterable of (x_t [N, C, H, W], t [N], labels [N], a dictionary of
+            conditioning (`wanda_fast.inputs`) or None); each call must give the same.
         method: "lstsq"; "bias" only adds to each bias what the removed inputs contribute on average; "none" changes nothing.
         target: what a layer that ends a residual block is fitted to: "layer", its own dense output, or "block", the block's dense output
             less what the pruned network's own shortcut adds, so that it also corrects the error that has piled up before. A
@@ -473,7 +476,7 @@ class _Run:
     # ----------------------------------------------------------------------------------------------------------- passes
 
     def call(self, batch: Batch) -> Callable[[nn.Module], Any]:
-        x, t, labels = (None if v is None else v.to(self.device) for v in batch)
+        x, t, labels = batch[0].to(self.device), batch[1].to(self.device), inputs.to_device(batch[2], self.device)
         extra = {} if labels is None else {"class_labels": labels}
 
         def run(model: nn.Module) -> None:
@@ -484,7 +487,10 @@ class _Run:
                 torch.autocast(self.device.type, self.options.dtype, cache_enabled=False) if low else nullcontext()
             )
             with torch.no_grad(), cast:
-                model(x.float(), t, **extra)  # type: ignore[union-attr]
+                if isinstance(labels, Mapping):
+                    inputs.forward(model, x.float(), t, labels)
+                else:
+                    model(x.float(), t, **extra)
 
         return run
 
@@ -536,7 +542,7 @@ class _Run:
             first = next(iter(self.batches()), None)
             if first is None or len(first[0]) == 0:
                 raise ValueError("batches: there is no image to repair with")
-            one: Batch = (first[0][:1], first[1][:1], None if first[2] is None else first[2][:1])
+            one: Batch = (first[0][:1], first[1][:1], inputs.select(first[2], slice(1)))
             stages, reasons, self.reader = _plan_stages(pruned, self.call(one), watched, blocks)
             per_image = peak_bytes(lambda: self.call(one)(self.dense)) + peak_bytes(lambda: self.call(one)(self.pruned))
             budget = _memory_budget(self.device) if o.memory_limit is None else o.memory_limit
