@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .inputs import forward, is_conditioned
 from .plan import WidthProblem
 from .slots import SlotMap
 
@@ -117,15 +118,18 @@ def study_layers(
             for x, t, labels in batches:
                 probe_like = x.detach().requires_grad_(True)
                 # Time-embedding layers do not see x: let their graph start at the weights, which stay frozen otherwise.
-                start = unet.time_embedding.linear_1.bias
-                frozen = bool(start.requires_grad)
-                start.requires_grad_(True)
-                noise = unet(probe_like, t, class_labels=labels).sample
+                # (Conditioned networks are studied inside their blocks alone, where everything sees x.)
+                starts = [] if is_conditioned(unet) else [unet.time_embedding.linear_1.bias]
+                frozen = [bool(start.requires_grad) for start in starts]
+                for start in starts:
+                    start.requires_grad_(True)
+                noise = forward(unet, probe_like, t, labels)
                 probe = torch.randn(noise.shape, generator=generator).to(noise)
                 if weight is not None:
                     probe = probe * weight(t).sqrt().to(noise).view(-1, 1, 1, 1)
-                torch.autograd.grad((noise * probe).sum(), [probe_like, start])
-                start.requires_grad_(frozen)
+                torch.autograd.grad((noise * probe).sum(), [probe_like, *starts])
+                for start, was in zip(starts, frozen):
+                    start.requires_grad_(was)
                 energy += float(noise.detach().double().square().sum())
                 samples += len(x)
     finally:
@@ -179,7 +183,8 @@ def damage_table(
         unit -> damage per option, 0 for the whole width.
     """
     readers = {layer for s in slots.slots.values() for layer, _ in s.consumers}
-    attention = {part for a in slots.attentions for part in (f"{a}.to_q", f"{a}.to_k")}
+    single = [a for a, (_, _, heads, _) in slots.attentions.items() if heads == 1]
+    attention = {part for a in single for part in (f"{a}.to_q", f"{a}.to_k")}
     studies, energy = study_layers(unet, batches, [*sorted(readers), *sorted(attention - readers)], weight=weight, seed=seed)
     cache: dict[tuple[str, int], float] = {}
 
