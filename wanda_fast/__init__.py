@@ -24,6 +24,7 @@ __all__ = [
     "UserError",
     "__version__",
     "calibrate",
+    "evaluate",
     "load_pruned",
     "ops",
     "prune",
@@ -44,6 +45,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "PruningPlan": ("plan", "PruningPlan"),
     "UserError": ("errors", "UserError"),
     "calibrate": ("calibrate", None),
+    "evaluate": ("evaluation", "evaluate"),
     "load_pruned": ("checkpoint", "load_pruned"),
     "ops": ("ops", None),
     "prune": ("pruning", "prune"),
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from wanda_fast.calibrate import calibrate
     from wanda_fast.checkpoint import load_pruned
     from wanda_fast.errors import UserError
+    from wanda_fast.evaluation import evaluate
     from wanda_fast.plan import PruningPlan
     from wanda_fast.pruned_unet import (
         PrunedDiTTransformer2DModel,

@@ -474,7 +474,7 @@ def evaluate(
         >>> found["model"]["params"]
         6079811
     """
-    from . import checkpoint
+    from . import checkpoint, run_config
     from .pruning import _DTYPE_NAMES, DTYPES, _device_name, check_device
 
     log = log or (lambda line: None)
@@ -543,6 +543,14 @@ def evaluate(
         with checkpoint.atomic_folder(save_path, overwrite) as folder:
             text = json.dumps(_finite(result), indent=1, allow_nan=False)
             (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+            asked = {
+                "model": model, "reference": reference, "real": real, "data_dir": data_dir, "features": features, "num_samples": n,
+                "num_inference_steps": steps, "noise_images": noise_images, "compile": compiled, "dtype": _short(dtype),
+                "batch_size": batch_size, "seed": seed,
+            }  # fmt: skip
+            options = {k: v for k, v in asked.items() if isinstance(v, (str, int, os.PathLike))}
+            lost = [k for k, v in asked.items() if v is not None and k not in options]
+            run_config.write(folder, "evaluate", options, f"from memory, not here: {', '.join(lost)}" if lost else "")
             save_picture(result, images, folder / "evaluation.png")
     return result
 
