@@ -77,4 +77,8 @@ void __stcs(T* p, T value) {
   if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) throw std::runtime_error("misaligned store");
   *p = value;
 }
+template <class T>
+T __ldg(const T* p) {
+  return __ldcs(p);
+}
 inline void __trap() { throw std::runtime_error("trap"); }
