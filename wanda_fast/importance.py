@@ -28,7 +28,7 @@ from . import ops
 from .errors import UserError
 
 if TYPE_CHECKING:
-    from .slots import SlotMap
+    from .slots import Slot, SlotMap
     from .stats import ActivationStats
     from .taylor import Noised
 
@@ -109,6 +109,10 @@ class Criterion:
             context: see `Context`.
         """
         raise NotImplementedError
+
+    def slot(self, unet: nn.Module, slot: Slot, context: Context) -> Tensor | None:
+        """Scores [width] of a whole slot, for criteria that cannot judge layer by layer; None leaves it to `layer`."""
+        return None
 
 
 CRITERIA: dict[str, type[Criterion]] = {}
@@ -249,6 +253,87 @@ def draw_anew(network: nn.Module, seed: int) -> None:
 
 
 @register
+class WandaFluctuation(WandaDiff):
+    """S = |W| · ‖X - mean X‖₂: a channel that is the same everywhere is worth nothing, since a bias can stand in for it.
+
+    ‖X‖₂ as in "wanda-diff", times the square root of the share of the channel's energy that is not its mean; the mean is that
+    over all samples, positions and timesteps of the calibration.
+
+    Source: the fluctuation of FLAP, An et al. 2023, arXiv:2312.11983, there squared and with ‖W‖₂².
+    """
+
+    name = "wanda-fluctuation"
+    needs_means = True
+
+    def layer(self, layer: str, weight: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        stats = context.stats
+        if stats is None or layer not in stats.tables:  # an embedding, or statistics of another model, which is refused
+            return super().layer(layer, weight, dataclasses.replace(context, score_tables={}))
+        if layer not in stats.sums:
+            raise UserError("these activation statistics hold no means; calibrate with the pruner wanda-fluctuation")
+        mean = stats.sums[layer] / (int(stats.counts.sum()) * stats.positions[layer])
+        energy = stats.tables[layer].double().sum(0) / (int(stats.counts.sum()) * stats.positions[layer])
+        share = (1 - mean.square() / energy.clamp_min(1e-300)).clamp(0, 1)
+        norm = (context.act_norm[layer].double() * share.sqrt()).float()
+        return super().layer(layer, weight, dataclasses.replace(context, act_norm={layer: norm}, score_tables={}))
+
+
+@register
+class LeastSquaresResidual(Criterion):
+    """What a least-squares refit of the readers cannot restore: the residual of the repair itself, weighed by what it does to the
+    predicted noise.
+
+    Channels are removed one at a time, the cheapest first, and the others take over after each; the score is the place in that
+    order (see `wanda_fast.elimination`). An error at a layer's output counts by the squared Jacobian of the predicted noise, with
+    the timesteps weighed as in `wanda_fast.sensitivity`. Consumers alone decide; a slot that none reads linearly
+    (attention q and k) is scored by the energy its layers write, weighed alike.
+    """
+
+    name = "lstsq-residual"
+    needs_images = True
+    comparable = True
+    _MOST_IMAGES = 256
+
+    def prepare(self, unet: nn.Module, context: Context) -> None:
+        from .elimination import output_energy, precision
+        from .sensitivity import image_weight, study_layers
+
+        if context.batches is None or context.alphas_cumprod is None:
+            raise ValueError(f"the criterion {self.name} needs images")
+        layers: dict[str, Any] = {n: m for n, m in unet.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+        studies, _ = study_layers(
+            unet, context.batches(min(context.images, self._MOST_IMAGES)), layers,
+            weight=image_weight(context.alphas_cumprod), seed=context.seed,
+        )  # fmt: skip
+        self.readers = {
+            n: (precision(s.covariance), output_energy(layers[n].weight, s.gain)) for n, s in studies.items()
+        }
+        self.written = {}
+        for n, s in studies.items():
+            w = layers[n].weight.detach().double()
+            w = w.flatten(2) if w.ndim == 4 else w[..., None]
+            self.written[n] = s.gain.double() * torch.einsum("oik,ij,ojk->o", w, s.covariance.double(), w)
+
+    def layer(self, layer: str, weight: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        if layer not in self.readers:  # an embedding: its readers decide
+            return torch.zeros(weight.shape[0]), torch.zeros(weight.shape[1])
+        inverse, energy = self.readers[layer]
+        return self.written[layer], energy.diagonal() / inverse.diagonal()
+
+    def slot(self, unet: nn.Module, slot: Slot, context: Context) -> Tensor | None:
+        from .elimination import eliminate
+
+        readers = [(n, o) for n, o in slot.consumers if n in self.readers and n not in context.identities]
+        if not readers:
+            return None
+        parts = []
+        for layer, offset in readers:
+            here = slice(offset, offset + slot.width)
+            parts.append(tuple(m[here, here] for m in self.readers[layer]))
+        return eliminate(parts)[0].double() + 1  # type: ignore[arg-type]
+
+
+@register
 class Magnitude(Criterion):
     """Sum of |W| per row and column: Wanda with all norms equal to one."""
 
@@ -326,6 +411,12 @@ def slot_scores(
 
     result = {}
     for name, slot in slots.slots.items():
+        whole = criterion.slot(unet, slot, context)
+        if whole is not None:
+            if not torch.isfinite(whole).all():
+                raise RuntimeError(f"{name}: the {criterion.name} scores are not finite")
+            result[name] = whole.double().cpu() / (whole.double().mean().item() or 1.0)
+            continue
         rows, columns = side(slot.producers, 0, slot.width), side(slot.consumers, 1, slot.width)
         if not columns or (combine == "producers" and rows):
             score = average(rows)
