@@ -124,7 +124,7 @@ def _compare(args: argparse.Namespace, out: Terminal, device: object) -> int:
     return 0
 
 
-def _stats(args: argparse.Namespace, out: Terminal, images: str, name: str, device: object):  # type: ignore[no-untyped-def]
+    return feature_stats(get_features(args.features or name, device), images, batch_size=args.batch_size,
     from wanda_fast.features import feature_stats, get_features
 
     return feature_stats(get_features(args.features or name, device), images, batch_size=args.batch_size,  # type: ignore[arg-type]
