@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from wanda_fast.cli.parser import Parser, whole
 from wanda_fast.cli.terminal import Terminal
 from wanda_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from wanda_fast.features import FeatureStats
 
 EXAMPLES = """\
 wanda-fast fid --save-stats IMAGES OUT.npz            statistics of real images, once
@@ -51,7 +55,7 @@ def run(args: argparse.Namespace, out: Terminal) -> int:
     return _save(args, out, device) if args.save_stats is not None else _compare(args, out, device)
 
 
-def _save(args: argparse.Namespace, out: Terminal, device: object) -> int:
+def _save(args: argparse.Namespace, out: Terminal, device: Any) -> int:
     from wanda_fast.features import count_images, describe, feature_stats, get_features
 
     images, target = args.save_stats
@@ -61,7 +65,7 @@ def _save(args: argparse.Namespace, out: Terminal, device: object) -> int:
     if path.is_dir() or (path.exists() and not args.overwrite):
         raise UserError(f"{target}: exists already; choose another place or allow overwriting (--overwrite)")
     count_images(images, n=args.num_images, data_dir=args.data_dir)
-    extractor = get_features(args.features or "inception", device)  # type: ignore[arg-type]
+    extractor = get_features(args.features or "inception", device)
     stats = feature_stats(extractor, images, batch_size=args.batch_size, n=args.num_images, data_dir=args.data_dir,
         progress=out.progress)  # fmt: skip
     stats.save(path)
@@ -71,7 +75,7 @@ def _save(args: argparse.Namespace, out: Terminal, device: object) -> int:
     return 0
 
 
-def _compare(args: argparse.Namespace, out: Terminal, device: object) -> int:
+def _compare(args: argparse.Namespace, out: Terminal, device: Any) -> int:
     from wanda_fast.features import (
         FEATURES,
         FeatureStats,
@@ -96,7 +100,7 @@ def _compare(args: argparse.Namespace, out: Terminal, device: object) -> int:
         name = args.features or ("inception" if known is None else str(known.protocol.get("features")))
         if known is not None and args.features is None and name not in FEATURES:
             raise UserError(f"{real}: made with {name}; name that file with --features")
-        extractor = get_features(name, device)  # type: ignore[arg-type]
+        extractor = get_features(name, device)
         if known is not None:
             mine = extractor.protocol()
             for key in ("features", "resize", "weights"):
@@ -124,8 +128,9 @@ def _compare(args: argparse.Namespace, out: Terminal, device: object) -> int:
     return 0
 
 
-    return feature_stats(get_features(args.features or name, device), images, batch_size=args.batch_size,
+def _stats(args: argparse.Namespace, out: Terminal, images: str, name: str, device: Any) -> FeatureStats:
     from wanda_fast.features import feature_stats, get_features
 
-    return feature_stats(get_features(args.features or name, device), images, batch_size=args.batch_size,  # type: ignore[arg-type]
-        n=args.num_images, data_dir=args.data_dir, progress=out.progress)  # fmt: skip
+    extractor = get_features(args.features or name, device)
+    return feature_stats(extractor, images, batch_size=args.batch_size, n=args.num_images, data_dir=args.data_dir,
+        progress=out.progress)  # fmt: skip
