@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="seed of all inputs (default: 0)")
     p.add_argument("--out", type=Path, metavar="FILE.json", help="write environment and rows")
     p.add_argument("--compare", type=Path, metavar="FILE", help="show changes against an earlier --out file")
+    p.add_argument("--quality", action="store_true",
+        help="measure what pruning leaves of the images instead; options of its own: bench.py --quality --help")  # fmt: skip
     p.add_argument("--chart", type=Path, metavar="FILE.png", help="draw a bar chart of the share of copy bandwidth")
     return p
 
@@ -92,6 +95,11 @@ def run(
 
 
 def main(argv: list[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    if "--quality" in words:
+        from benchmarks import quality
+
+        return quality.main(words)
     p = parser()
     args = p.parse_args(argv)
     earlier = None
