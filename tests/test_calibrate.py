@@ -212,12 +212,9 @@ def test_bins_hold_the_sum_of_their_samples(unet: nn.Module, scheduler: DDPMSche
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
 
-def test_rows_turn_into_bins_above_the_limit(
-    unet: nn.Module, scheduler: DDPMScheduler, images: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_turn_into_bins_above_the_limit(unet: nn.Module, scheduler: DDPMScheduler, images: Tensor) -> None:
     assert calibrate(unet, scheduler, images, n=2).info["rows"] == "sample"
-    monkeypatch.setattr(calibration, "TABLE_LIMIT", 1000)
-    assert calibrate(unet, scheduler, images, n=2).info["rows"] == "bin"
+    assert calibrate(unet, scheduler, images, n=2, table_bytes=1000).info["rows"] == "bin"
 
 
 def test_autocast_stays_near_float32(unet: nn.Module, scheduler: DDPMScheduler, images: Tensor) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from . import inputs, ops
 from ._callable import make_callable
 from .errors import UserError
+from .graphs import Steps, capture_for, upload
 from .sampling import (
     channels_last,
     check_network,
@@ -31,7 +33,11 @@ from .stats import BINS, ActivationStats, fingerprint, parse_target_steps
 MODES = ("random", "trajectory")
 ROWS = ("auto", "sample", "bin")
 TABLE_LIMIT = 256 << 20  # bytes of all tables up to which each sample gets its own row
+GROUP_ELEMENTS = 1 << 15  # per sample; larger inputs take longer to join than to launch for
+GROUP_LIMIT = 1 << 19  # elements per sample that one group holds
 _SUM_QUANTUM = 2.0**-20
+
+_log = logging.getLogger("wanda_fast")
 
 
 class NonFiniteActivations(UserError, RuntimeError):
@@ -68,6 +74,7 @@ def calibrate(
     part: tuple[int, int] | None = None,
     trajectory_steps: int = 50,
     dataset: str = "",
+    graph: bool = True,
     progress: bool = False,
 ) -> ActivationStats:
     """Σ x² of every input channel of every Conv2d and Linear, for n noised images.
@@ -89,6 +96,9 @@ def calibrate(
         multiples of the
             batch size (the network itself rounds differently in batches of another size).
         dataset: name recorded with the statistics.
+        graph: on a CUDA GPU record the forward pass with its hooks into a CUDA graph, once it was run eagerly twice, and replay
+            it for every later batch of the same size (for six batches and more). Where that is not possible a line in the log
+            says so.
 
     Raises:
         NonFiniteActivations: NaN or Inf reached a layer, which is named. It is a UserError and a RuntimeError.
@@ -113,6 +123,7 @@ def calibrate(
     count = last - first if per_sample else BINS
     timesteps = torch.zeros(count, dtype=torch.int64)
     counts = torch.zeros(count, dtype=torch.int64)
+    seen: list[tuple[Tensor, Tensor]] = []  # on the device: asking for them in between would wait for it
     batches = noised_batches(
         unet,
         scheduler,
@@ -136,22 +147,37 @@ def calibrate(
             Collector(layers, count, device, backend=backend, means=means) as collector,
             tqdm(total=last - first, desc="calibration", unit="image", disable=not progress) as bar,
         ):
+
+            def step(x: Tensor, t: Tensor, labels: Any, row: Tensor) -> Tensor:
+                with collector.record(row):
+                    out = predict(unet, x, t, labels, dtype=dtype)
+                # The first batch is added like all others, so that its place in a run leaves no trace.
+                return step(x, t, labels, row) if collector.restart() else out
+
+            steps = Steps(step, capture_for(device, (last - first) // max(batch_size, 1)) if graph else None, "calibration steps")
             out: Tensor | None = None
             while True:
                 try:
                     batch = batches.send(out)
                 except StopIteration:
                     break
-                t = batch.t.to("cpu")
-                row = batch.indices - first if per_sample else (t - target[0]) * BINS // (target[1] - target[0])
-                timesteps[row] = t
-                counts.index_add_(0, row, torch.ones_like(row))
-                with collector.record(row.to(device)):
-                    out = predict(unet, batch.x, batch.t, batch.labels, dtype=dtype)
+                if per_sample:
+                    row = upload(batch.indices - first, device)
+                else:
+                    row = (batch.t - target[0]) * BINS // (target[1] - target[0])
+                seen.append((row, batch.t))
+                out = steps(batch.x, batch.t, batch.labels, row)
                 bar.update(len(row))
+            tables = collector.tables()
+            if steps.replayed:
+                _log.info("%s", steps.describe())
+            steps.close()
     finally:
         unet.train(was_training)
-    tables = collector.tables()
+    for row, t in seen:
+        row, t = row.to("cpu"), t.to("cpu")
+        timesteps[row] = t
+        counts.index_add_(0, row, torch.ones_like(row))
     for name, table in tables.items():
         if not bool(torch.isfinite(table).all()):
             raise NonFiniteActivations(f"NaN or Inf in the activations that enter layer {name}.")
@@ -215,7 +241,16 @@ class Collector:
     """Hooks that add the energy of every layer's input to tables, while :meth:`record` is active.
 
     A hook launches one kernel and never waits for the device. Layers that are given the very same tensor one after the
-    other (queries, keys and values) share one table.
+    other (queries, keys and values) share one table. The first forward pass shows which layers have small inputs of the same
+    size (the time projections, the deepest levels): from the second on each such group is added by one launch over its
+    concatenated inputs, because on a GPU the launches cost more than the sums.
+
+    Args:
+        layers: name → layer.
+        rows: rows of the tables.
+        means: also add up Σ x.
+        group_elements: inputs of up to so many elements per sample are grouped; None for `GROUP_ELEMENTS` on a GPU and 0 on a
+            CPU, where a launch costs nothing.
     """
 
     def __init__(
@@ -226,23 +261,31 @@ class Collector:
         *,
         backend: str | None = None,
         means: bool = False,
+        group_elements: int | None = None,
     ) -> None:
         self._layers = layers
         self._count = rows
         self._device = device
         self._backend = backend
         self._means = means
+        if group_elements is None:
+            group_elements = 0 if device.type == "cpu" else GROUP_ELEMENTS
+        self._group_elements = group_elements
         self._rows: Tensor | None = None
-        self._own: dict[str, Tensor] = {}
+        self._batch = 0
+        self._own: dict[str, Tensor] = {}  # columns of a wider table for layers in a group
         self._owner: dict[str, str] = {}  # in the order of execution
         self._last: tuple[Tensor, int, str] | None = None
+        self._first: dict[str, list[tuple[Tensor, int]]] | None = {}  # small inputs of the first pass; None after it
+        self._groups: dict[str, _Group] = {}
+        self._regrouped = False
         self._handles: list[Any] = []
         self.positions: dict[str, int] = {}
         self._sums: dict[str, Tensor] = {}
 
     def __enter__(self) -> Collector:
         for name, layer in self._layers.items():
-            self._handles.append(layer.register_forward_pre_hook(self._hook(name)))
+            self._handles.append(layer.register_forward_pre_hook(self._hook(name, isinstance(layer, nn.Conv2d))))
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -254,47 +297,108 @@ class Collector:
         """Record the forward pass in the block; sample k of the batch belongs to row rows[k]."""
         return _Recording(self, rows)
 
-    def _hook(self, name: str) -> Any:
+    def _hook(self, name: str, is_conv: bool) -> Any:
         def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
             rows = self._rows
             if rows is None:
                 return
             x: Tensor = args[0]
-            if x.shape[0] != len(rows):
-                raise RuntimeError(f"layer {name} sees a batch of {x.shape[0]}, the network was given {len(rows)}")
+            if x.shape[0] != self._batch:
+                raise RuntimeError(f"layer {name} sees a batch of {x.shape[0]}, the network was given {self._batch}")
             # The tensor is held, so an equal identity cannot be a recycled one; the version tells of changes in place.
-            if self._last is not None and self._last[0] is x and self._last[1] == x._version:
-                owner = self._last[2]
+            last = self._last
+            if last is not None and last[0] is x and last[1] == x._version:
+                owner = last[2]
             else:
                 owner = name
                 self._last = (x, x._version, name)
             if self._owner.setdefault(name, owner) != owner:
                 raise RuntimeError(f"layer {name} shared its input in one forward pass and not in another")
             if owner == name:
-                self._add(name, layer, x, rows)
-            else:
+                self._add(name, is_conv, x, rows)
+            elif name not in self.positions:
                 self.positions[name] = self.positions[owner]
 
         return hook
 
-    def _add(self, name: str, layer: nn.Module, x: Tensor, rows: Tensor) -> None:
-        is_conv = isinstance(layer, nn.Conv2d)
+    def _add(self, name: str, is_conv: bool, x: Tensor, rows: Tensor) -> None:
         if not is_conv and x.dim() > 3:
             x = x.reshape(x.shape[0], -1, x.shape[-1])
-        channels = x.shape[1] if is_conv else x.shape[-1]
-        if name not in self._own:
-            self._own[name] = torch.zeros(self._count, channels, dtype=torch.float32, device=self._device)
-            self.positions[name] = x[0].numel() // channels
-        ops.channel_sq_norm(x, rows, self._own[name], backend=self._backend)
+        group = self._groups.get(name)
+        if group is not None:
+            if group.take(name, x):
+                ops.channel_sq_norm(group.joined(), rows, group.table, backend=self._backend)
+        else:
+            if name not in self._own:
+                self._start(name, is_conv, x)
+            ops.channel_sq_norm(x, rows, self._own[name], backend=self._backend)
+            if self._first is not None and x[0].numel() <= self._group_elements:
+                self._first.setdefault(name, []).append((x, x._version))
         if self._means:
             total = x.sum((0, 2, 3) if is_conv else tuple(range(x.dim() - 1)), dtype=torch.float32).double()
             # Multiples of a fixed quantum add up exactly in float64, so the order of the batches leaves no trace.
-            total = (total / _SUM_QUANTUM).round() * _SUM_QUANTUM
-            self._sums[name] = self._sums[name] + total if name in self._sums else total
+            self._sums[name].add_((total / _SUM_QUANTUM).round() * _SUM_QUANTUM)
+
+    def _start(self, name: str, is_conv: bool, x: Tensor) -> None:
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():  # every replay would clear the new table
+            raise RuntimeError(f"layer {name} did not run in the first forward passes and runs in a later one")
+        channels = x.shape[1] if is_conv else x.shape[-1]
+        self._own[name] = torch.zeros(self._count, channels, dtype=torch.float32, device=self._device)
+        self.positions[name] = x[0].numel() // channels
+        if self._means:
+            self._sums[name] = torch.zeros(channels, dtype=torch.float64, device=self._device)
+
+    def _finish(self) -> None:
+        """End of a forward pass."""
+        self._last = None
+        if self._first is not None:
+            self._make_groups(self._first)
+            self._first = None
+        missing = [name for group in self._groups.values() for name in group.left()]
+        if missing:
+            self._drop()
+            raise RuntimeError(f"layer {missing[0]} ran in the first forward pass and not in a later one")
+
+    def _drop(self) -> None:
+        """Forget what a pass kept, so that nothing of it ends up in the next."""
+        for group in self._groups.values():
+            group.clear()
+
+    def _make_groups(self, first: dict[str, list[tuple[Tensor, int]]]) -> None:
+        """Groups of layers whose inputs differ in nothing but the channels, and that nothing changes before the group is full."""
+        alike: dict[Any, list[str]] = {}
+        held: dict[Any, int] = {}
+        for name, seen in first.items():
+            x, version = seen[0]
+            if len(seen) > 1 or x._version != version:
+                continue
+            inside = x.shape[2:] if x.dim() == 4 else x.shape[1:-1]
+            base = (x.dim(), inside, x.dtype, x.is_contiguous(), x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+            key = (*base, held.get(base, 0) // GROUP_LIMIT)
+            held[base] = held.get(base, 0) + x[0].numel()
+            alike.setdefault(key, []).append(name)
+        for names in alike.values():
+            if len(names) > 1:
+                group = _Group(names, [self._own[n] for n in names], 1 if first[names[0]][0][0].dim() == 4 else -1)
+                for name, part in zip(names, group.parts, strict=True):
+                    self._groups[name] = group
+                    self._own[name] = part
+                self._regrouped = True
+
+    def restart(self) -> bool:
+        """Whether the groups were made in the last pass; everything is then cleared, and the pass has to be repeated. Grouped
+        sums may be rounded otherwise than those of one layer.
+        """
+        if not self._regrouped:
+            return False
+        self._regrouped = False
+        for total in (*self._own.values(), *self._sums.values()):
+            total.zero_()
+        return True
 
     def tables(self) -> dict[str, Tensor]:
         """Layer → [R, C_in] float32 on the CPU, in the order of execution; shared tables are one object."""
-        own = {name: table.to("cpu") for name, table in self._own.items()}
+        own = {name: table.to("cpu").contiguous() for name, table in self._own.items()}
         return {name: own[owner] for name, owner in self._owner.items()}
 
     @property
@@ -304,6 +408,43 @@ class Collector:
         return {name: own[owner] for name, owner in self._owner.items() if owner in own}
 
 
+class _Group:
+    """Layers whose inputs are added together; `table` is [R, Σ C_in], `parts` are its columns layer by layer."""
+
+    def __init__(self, names: list[str], tables: list[Tensor], dim: int) -> None:
+        self._names = names
+        self._dim = dim
+        self._inputs: list[Tensor] = []
+        self._versions: list[int] = []
+        self.table = torch.cat(tables, dim=1)
+        self.parts = self.table.split([t.shape[1] for t in tables], dim=1)
+
+    def take(self, name: str, x: Tensor) -> bool:
+        """Keep one input; whether it was the last of the group."""
+        if self._names[len(self._inputs)] != name:
+            raise RuntimeError(f"layer {name} runs where the first forward pass had {self._names[len(self._inputs)]}")
+        self._inputs.append(x)
+        self._versions.append(x._version)
+        return len(self._inputs) == len(self._names)
+
+    def joined(self) -> Tensor:
+        """All kept inputs side by side, and none is kept any more."""
+        changed = [n for n, x, v in zip(self._names, self._inputs, self._versions, strict=True) if x._version != v]
+        if changed:
+            raise RuntimeError(f"the input of layer {changed[0]} was changed in place, and was not in the first forward pass")
+        x = torch.cat(self._inputs, dim=self._dim)
+        self.clear()
+        return x
+
+    def clear(self) -> None:
+        self._inputs.clear()
+        self._versions.clear()
+
+    def left(self) -> list[str]:
+        """Layers that a group which has begun still waits for."""
+        return self._names[len(self._inputs) :] if self._inputs else []
+
+
 class _Recording:
     def __init__(self, collector: Collector, rows: Tensor) -> None:
         self._collector = collector
@@ -311,10 +452,16 @@ class _Recording:
 
     def __enter__(self) -> None:
         self._collector._rows = self._new_rows
+        self._collector._batch = len(self._new_rows)
 
-    def __exit__(self, *exc: object) -> None:
-        self._collector._rows = None
-        self._collector._last = None
+    def __exit__(self, kind: object, *exc: object) -> None:
+        collector = self._collector
+        collector._rows = None
+        collector._last = None
+        if kind is None:
+            collector._finish()
+        else:
+            collector._drop()
 
 
 # --------------------------------------------------------------------------------------------------------------- inputs
@@ -396,7 +543,7 @@ def noised_batches(
         x = signal * to_float(images[indices % len(images)]) + blur * noise(
             shape, indices.tolist(), seed, "calibration"
         )
-        yield Batch(x.to(device), t.to(device), indices, class_labels(unet, indices.tolist(), seed, device))
+        yield Batch(upload(x, device), upload(t, device), indices, class_labels(unet, indices.tolist(), seed, device))
 
 
 def _trajectory(
