@@ -1,8 +1,8 @@
 """calibration_step: a forward pass of ddpm-cifar10-32 with accumulation hooks, over the plain forward pass in the same mode.
 
 Modes: fp32 and bf16 weights, eager and replayed from a CUDA graph. `overhead` = time / time of the plain pass - 1.
-Rows: plain, the project's hooks (wanda_fast.calibrate's own where it offers them), and the published hook, which cannot be captured
-(it copies to the CPU in every layer), so its graph rows are absent.
+Rows: plain, the hooks and the graph capture of `wanda_fast.calibrate` itself, and the published hook, which cannot be captured
+(it copies to the CPU in every layer), so its graph rows are absent. `capture_s` is what recording the graph took.
 """
 
 from __future__ import annotations
@@ -19,71 +19,6 @@ from benchmarks import published, shapes
 from benchmarks.harness import log, percentiles
 
 OP = "calibration_step"
-
-
-class TableHooks:
-    """Accumulate Σ x² of every layer's input into one table per layer with `channel_sq_norm`.
-
-    Layers that are handed the same tensor (to_q, to_k and to_v) share one accumulation. The inputs of the time projections are small, many and
-    equally shaped: they are kept until the pass ends and added by one launch over their concatenation.
-    """
-
-    def __init__(
-        self, network: nn.Module, rows: int, device: torch.device, add: Callable[[Tensor, Tensor, Tensor], Any]
-    ) -> None:
-        self.add = add
-        self.rows = torch.arange(rows, device=device)
-        self.tables: dict[str, Tensor] = {}
-        self._last: Tensor | None = None
-        self._small: list[Tensor] = []
-        self._handles = []
-        small_width = 0
-        for name, module in network.named_modules():
-            if isinstance(module, nn.Linear) and name.endswith("time_emb_proj"):
-                small_width += module.in_features
-                self._handles.append(module.register_forward_pre_hook(self._keep))
-            elif isinstance(module, nn.Conv2d | nn.Linear):
-                channels = module.in_channels if isinstance(module, nn.Conv2d) else module.in_features
-                self.tables[name] = torch.zeros(rows, channels, device=device)
-                self._handles.append(module.register_forward_pre_hook(self._accumulate(self.tables[name])))
-        self.small = torch.zeros(rows, small_width, device=device)
-
-    def _accumulate(self, table: Tensor) -> Callable[..., None]:
-        def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x = inputs[0]
-            if x is self._last:
-                return
-            self._last = x
-            self.add(x, self.rows, table)
-
-        return hook
-
-    def _keep(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._small.append(inputs[0])
-
-    def finish(self) -> None:
-        """Add what was kept; call it at the end of each pass."""
-        self._last = None
-        if self._small:
-            self.add(torch.cat(self._small, dim=1), self.rows, self.small)
-            self._small.clear()
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
-def _capture(step: Callable[[], Any]) -> Callable[[], Any]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def _time(steps: dict[str, Callable[[], Any]], device: torch.device, seconds: float) -> dict[str, list[float]]:
@@ -112,8 +47,6 @@ def _time(steps: dict[str, Callable[[], Any]], device: torch.device, seconds: fl
 
 def rows(device: torch.device, size: str, seed: int) -> list[dict[str, Any]]:
     """One row per mode and backend."""
-    from wanda_fast import ops
-
     on_gpu = device.type == "cuda"
     batch = 128 if on_gpu else (1 if size == "quick" else 8)
     seconds = {"quick": 0.5, "default": 3.0, "full": 4.0}[size]
@@ -128,7 +61,7 @@ def rows(device: torch.device, size: str, seed: int) -> list[dict[str, Any]]:
                 network = network.to(memory_format=torch.channels_last)
                 x = x.to(memory_format=torch.channels_last)
             t = torch.randint(0, 1000, (batch,), device=device)
-            found += _mode_rows(network, x, t, name, layout, device, ops, backend, seconds, on_gpu)
+            found += _mode_rows(network, x, t, name, layout, device, backend, seconds, on_gpu)
             del network
     return found
 
@@ -141,7 +74,6 @@ def _mode_rows(
     dtype: str,
     layout: str,
     device: torch.device,
-    ops: Any,
     backend: str,
     seconds: float,
     on_gpu: bool,
@@ -152,29 +84,38 @@ def _mode_rows(
     # A module's hooks are part of the module: each variant has its own network object around the same weights.
     import copy
 
+    from wanda_fast.calibrate import Collector, collect_layers
+    from wanda_fast.graphs import CudaCapture
+
     shared = {id(p): p for p in [*network.parameters(), *network.buffers()]}
     hooked_network = copy.deepcopy(network, memo=dict(shared))
     published_network = copy.deepcopy(network, memo=dict(shared))
-    hooks = TableHooks(
-        hooked_network, x.shape[0], device, lambda a, r, o: ops.channel_sq_norm(a, r, o, backend=backend)
-    )
+    hooks = Collector(collect_layers(hooked_network), x.shape[0], device, backend=backend).__enter__()
+    table_rows = torch.arange(x.shape[0], device=device)
     norms = published.NormHooks(published_network)
 
     def ours() -> None:
-        hooked_network(x, t, return_dict=False)
-        hooks.finish()
+        with hooks.record(table_rows):
+            hooked_network(x, t, return_dict=False)
 
     def theirs() -> None:
         published_network(x, t, return_dict=False)
         norms.clear()
 
     ours()
-    error = _table_error(network, x, t, hooks)
+    if hooks.restart():
+        ours()
+    error = _table_error(network, x, t, hooks.tables())
     if not error < 1e-2:
         raise RuntimeError(f"calibration_step: the tables are wrong, relative error {error:.3g}")
     modes: dict[str, dict[str, Callable[[], Any]]] = {"eager": {"plain": plain, backend: ours, "published": theirs}}
+    capture_s: dict[str, float] = {}
     if on_gpu:
-        modes["graph"] = {"plain": _capture(plain), backend: _capture(ours)}
+        modes["graph"] = {}
+        for name, step in (("plain", plain), (backend, ours)):
+            start = time.perf_counter()
+            modes["graph"][name] = CudaCapture(device)(step)
+            capture_s[name] = round(time.perf_counter() - start, 3)
     found = []
     for mode, steps in modes.items():
         samples = _time(steps, device, seconds)
@@ -185,6 +126,7 @@ def _mode_rows(
             overhead = statistics.median(v / p - 1 for v, p in zip(values, samples["plain"], strict=True))
             found.append({
                 "op": OP, "case": f"ddpm-cifar10-32 b{x.shape[0]} {mode}", "dtype": dtype, "layout": layout, "backend": name, "mode": mode,
+                "capture_s": capture_s.get(name) if mode == "graph" else None,
                 "ms": median, "ms_p20": low, "ms_p80": high, "overhead": None if name == "plain" else overhead,
                 "overhead_of_medians": None if name == "plain" else median / base - 1, "rel_error": error if name == backend else None,
                 "gbps": None, "copy_fraction": None, "peak_mib": None,
@@ -196,17 +138,17 @@ def _mode_rows(
             log(
                 f"  {found[-1]['case']} {dtype} {layout} {name}: {median:.3f} ms, overhead {found[-1]['overhead'] or 0:+.1%}"
             )
-    hooks.remove()
+    hooks.__exit__()
     norms.remove()
     return found
 
 
-def _table_error(network: nn.Module, x: Tensor, t: Tensor, hooks: TableHooks) -> float:
+def _table_error(network: nn.Module, x: Tensor, t: Tensor, tables: dict[str, Tensor]) -> float:
     """Relative error of two tables after one step against float64 sums of the inputs that the layers really see."""
     seen: dict[str, Tensor] = {}
     modules = dict(network.named_modules())
-    names = [n for n in hooks.tables if n.endswith(("conv1", "to_out.0", "conv_out"))][
-        :: max(1, len(hooks.tables) // 8)
+    names = [n for n in tables if n.endswith(("conv1", "to_out.0", "conv_out"))][
+        :: max(1, len(tables) // 8)
     ]
     handles = [
         modules[n].register_forward_pre_hook(lambda _m, inputs, n=n: seen.__setitem__(n, inputs[0].double()))
@@ -218,6 +160,6 @@ def _table_error(network: nn.Module, x: Tensor, t: Tensor, hooks: TableHooks) ->
     worst = 0.0
     for n in names:
         value = seen[n]
-        truth = value.square().sum(dim=(2, 3) if value.dim() == 4 else 1)
-        worst = max(worst, float((hooks.tables[n].double() - truth).abs().max() / truth.abs().max()))
+        truth = value.square().sum(dim=(2, 3) if value.dim() == 4 else 1).cpu()
+        worst = max(worst, float((tables[n].double() - truth).abs().max() / truth.abs().max()))
     return worst
