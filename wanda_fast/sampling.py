@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,33 +64,105 @@ def sample(
 
     Source: DDPM, Ho et al. 2020, arXiv:2006.11239; DDIM, Song et al. 2020, arXiv:2010.02502, η = 0.
     """
+    if n < 0:
+        raise UserError(f"the number of images must be at least 0, not {n}.")
+    check_network(unet, scheduler)
+    shape = image_shape(unet)
+    parts = draw(
+        unet,
+        scheduler,
+        range(n),
+        steps=steps,
+        kind=kind,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        progress=progress,
+        desc=desc,
+    )
+    done = [images for _, images in parts]
+    return torch.cat(done) if done else torch.zeros(0, shape[1], shape[2], shape[0], dtype=torch.uint8)
+
+
+def draw(
+    unet: nn.Module,
+    scheduler: Any,
+    indices: Sequence[int],
+    *,
+    steps: int = 50,
+    kind: str = "ddim",
+    seed: int = 0,
+    batch_size: int = 32,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    even: bool = False,
+    progress: bool = False,
+    desc: str = "sampling",
+    note: Callable[[str], None] | None = None,
+) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """:func:`sample` for chosen image indices, batch by batch: (indices, uint8 [N, H, W, C] on the CPU).
+
+    On a CPU the same images bit for bit whatever the batch size and whichever indices are asked for together. Where a
+    GPU has too little memory the batch is halved, `note` is told, and the drawing goes on.
+
+    Args:
+        indices: numbers of the images, in any order.
+        even: fill the last batch up, so that the network sees batches of one size only (for compiled networks).
+        note: called with a line when the batch is halved.
+
+    Raises:
+        UserError: as `sample`.
+    """
     from tqdm import tqdm
 
     if kind not in KINDS:
         raise UserError(f"sampler {kind!r} is not one of {', '.join(KINDS)}.")
-    if n < 0 or batch_size < 1:
-        raise UserError(f"the number of images ({n}) must be at least 0 and the batch size ({batch_size}) at least 1.")
+    if batch_size < 1:
+        raise UserError(f"the batch size must be at least 1, not {batch_size}.")
     check_network(unet, scheduler)
     device, dtype = place(unet, device, dtype)
     stepper = make_stepper(scheduler, steps, kind)
     shape = image_shape(unet)
     if device.type == "cpu":
         batch_size = -(-batch_size // CPU_PASS) * CPU_PASS  # so that the passes start at the same images in any case
-    done: list[Tensor] = []
-    with torch.no_grad(), channels_last(unet), tqdm(total=n, desc=desc, unit="image", disable=not progress) as bar:
-        for start in range(0, n, batch_size):
-            indices = range(start, min(start + batch_size, n))
-            x = noise(shape, indices, seed, "image").to(device)
-            labels = class_labels(unet, indices, seed, device)
-            generators = [generator(seed, "ddpm", i) for i in indices] if kind == "ddpm" else None
-            for step, t in enumerate(stepper.timesteps.tolist()):
-                eps = predict_evenly(unet, x, torch.full((len(indices),), t, device=device), labels, dtype=dtype)
-                extra = {"generator": generators} if generators is not None else {"eta": 0.0}
-                x = stepper.step(eps, t, x, **extra).prev_sample
-                # Fractions of an image, so that the bar also moves within one large batch.
-                bar.update(len(indices) * (step + 1) // steps - len(indices) * step // steps)
-            done.append(to_uint8(x))
-    return torch.cat(done) if done else torch.zeros(0, shape[1], shape[2], shape[0], dtype=torch.uint8)
+
+    def batch(chosen: Sequence[int], bar: Any) -> Tensor:
+        wanted = len(chosen)
+        if even and wanted < batch_size:
+            chosen = [*chosen, *[chosen[-1]] * (batch_size - wanted)]
+        x = noise(shape, chosen, seed, "image").to(device)
+        labels = class_labels(unet, chosen, seed, device)
+        generators = [generator(seed, "ddpm", i) for i in chosen] if kind == "ddpm" else None
+        for step, t in enumerate(stepper.timesteps.tolist()):
+            eps = predict_evenly(unet, x, torch.full((len(chosen),), t, device=device), labels, dtype=dtype)
+            extra = {"generator": generators} if generators is not None else {"eta": 0.0}
+            x = stepper.step(eps, t, x, **extra).prev_sample
+            # Fractions of an image, so that the bar also moves within one large batch.
+            bar.update(wanted * (step + 1) // steps - wanted * step // steps)
+        return to_uint8(x[:wanted])
+
+    start = 0
+    with tqdm(total=len(indices), desc=desc, unit="image", disable=not progress) as bar:
+        while start < len(indices):
+            chosen = indices[start : start + batch_size]
+            images = None
+            # Not around the yield: between two batches the network and the mode are the caller's.
+            with torch.no_grad(), channels_last(unet):
+                try:
+                    images = batch(chosen, bar)
+                except torch.OutOfMemoryError:
+                    if batch_size == 1 or device.type == "cpu":
+                        raise
+            if images is None:  # outside the except block, whose traceback holds on to the tensors
+                torch.cuda.empty_cache()
+                batch_size = -(-batch_size // 2)
+                if note is not None:
+                    note(f"too little memory on {device}: going on with batches of {batch_size}")
+                bar.n = start
+                continue
+            yield chosen, images
+            start += len(chosen)
 
 
 def make_stepper(scheduler: Any, steps: int, kind: str = "ddim") -> Any:

@@ -57,7 +57,8 @@ def _convert(parser: Parser, action: argparse.Action, value: Any, where: str) ->
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise UserError(f"{where}: must be true or false, not {_short(value)}")
-        return value if isinstance(action.const, bool) else (action.const if value else action.default)
+        constant = action.const is not None and not isinstance(action.const, bool)
+        return (action.const if value else action.default) if constant else value
     if action.nargs in ("+", "*") or (isinstance(action.nargs, int) and action.nargs > 0):
         values = value if isinstance(value, list) else [value]
         if isinstance(action.nargs, int) and len(values) != action.nargs:
