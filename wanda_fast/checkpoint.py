@@ -4,7 +4,9 @@ Opening. :func:`load_pipeline` reads a folder in any of these forms, or a hub id
 
 - a ``DDPMPipeline`` folder (``model_index.json``) with the network in ``unet/`` or at the root,
 - a bare ``UNet2DModel`` folder (``config.json`` and safetensors),
-- a folder that this project wrote, in ``stock`` or ``free`` layout.
+- a folder that this project wrote, in ``stock`` or ``free`` layout,
+- the network of a text-to-image or transformer pipeline (``unet/`` or ``transformer/``), bare or inside its pipeline's
+  folder. Only the network is read; saving copies the pipeline's other parts as they are.
 
 Saving, ``stock`` layout. The network lies at the root and ``model_index.json`` names it. diffusers looks for a part of
 a pipeline in the subfolder of its name and falls back to the root where there is none, so one copy of the weights
@@ -30,22 +32,21 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import UserError
-
-if TYPE_CHECKING:
-    from diffusers import DDPMPipeline
+from .inner_slots import INNER_CLASSES, base_class
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 BUNDLED_NAME = "ddpm-cifar10-small"
 BUNDLED_MODEL = ASSETS / BUNDLED_NAME
 BUNDLED_SAMPLES = ASSETS / f"{BUNDLED_NAME}-samples.png"
-FREE_CLASS = "PrunedUNet2DModel"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+NETWORKS = ("UNet2DModel", *INNER_CLASSES)  # each also with "Pruned" before it: the free layout
+PARTS = ("unet", "transformer")  # names of the network in a pipeline
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -57,6 +58,8 @@ _HUB_FILES = [
     "scheduler/*.json",
     "unet/config.json",
     "unet/diffusion_pytorch_model*.safetensors*",
+    "transformer/config.json",
+    "transformer/diffusion_pytorch_model*.safetensors*",
     "diffusion_pytorch_model*.safetensors*",
 ]
 # Names of attention weights before diffusers 0.15; google/ddpm-cifar10-32 and its sisters still use them.
@@ -105,16 +108,17 @@ def load_pipeline(
     config_file = unet_dir / "config.json"
     raw = _read_json(config_file)
     class_name = raw.get("_class_name", "UNet2DModel")
-    if class_name not in ("UNet2DModel", FREE_CLASS):
-        raise UserError(f"{config_file}: holds a {class_name}; only UNet2DModel is supported.")
+    if str(class_name).removeprefix("Pruned") not in NETWORKS:
+        raise UserError(f"{config_file}: holds a {class_name}; only {', '.join(NETWORKS)} are supported.")
     files = _weight_files(unet_dir)
     scheduler = _load_scheduler(scheduler_file)
-    free = class_name == FREE_CLASS
+    base = class_name.removeprefix("Pruned")
+    free = class_name != base
     if free:
-        unet, config = _build_free(raw, config_file)
+        unet, config = _build_free(raw, config_file, base)
     else:
         config = {k: v for k, v in raw.items() if not k.startswith("_")}
-        unet = _build_stock(config, config_file)
+        unet = _build_stock(config, config_file, base)
     _fill(unet, _read_weights(files), unet_dir)
     nn.Module.to(
         unet, device=device, dtype=dtype
@@ -134,8 +138,11 @@ def load_pipeline(
 
 def load_pruned(
     folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> DDPMPipeline:
+) -> Any:
     """Open a folder that this project wrote, in either layout, as a ``DDPMPipeline``.
+
+    A pruned text-to-image or transformer network is opened as the pipeline it was part of, or by itself where the folder
+    holds nothing else.
 
     Stock diffusers opens the ``stock`` layout by itself. It cannot open the ``free`` one: there the widths differ from
     slot to slot, while the constructor of ``UNet2DModel`` knows one width per level. This function builds the dense
@@ -150,6 +157,12 @@ def load_pruned(
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: no such folder.")
     loaded = load_pipeline(folder, dtype=dtype, device=device)
+    if base_class(loaded.unet) in INNER_CLASSES:
+        if not (Path(folder) / "model_index.json").is_file():
+            return loaded.unet
+        from diffusers import DiffusionPipeline
+
+        return DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
     return DDPMPipeline(unet=loaded.unet, scheduler=loaded.scheduler)
 
 
@@ -164,7 +177,7 @@ def _locate(model: str | os.PathLike[str] | None) -> tuple[Path, str, str]:
     path = Path(text).expanduser()
     if path.is_dir():
         resolved = path.resolve()
-        return path, "folder", (resolved.parent.name if resolved.name == "unet" else resolved.name) or "model"
+        return path, "folder", (resolved.parent.name if resolved.name in PARTS else resolved.name) or "model"
     if path.is_file():
         if path.suffix in _PICKLE_SUFFIXES:
             raise UserError(_pickle_message(str(path)))
@@ -202,29 +215,31 @@ def _find_parts(folder: Path) -> tuple[Path, Path | None, list[str]]:
     notes: list[str] = []
     if index_file.is_file():
         index = _read_json(index_file)
-        part = index.get("unet")
+        where = next((p for p in PARTS if isinstance(index.get(p), list)), "unet")
+        part = index.get(where)
         if not isinstance(part, list) or len(part) != 2:
             raise UserError(
                 f"{index_file}: this pipeline ({index.get('_class_name', 'unknown')}) has no unet; a UNet2DModel is "
                 f"needed."
             )
-        if part[1] not in ("UNet2DModel", FREE_CLASS):
-            raise UserError(f"{index_file}: the unet is a {part[1]}; only UNet2DModel is supported.")
+        base = str(part[1]).removeprefix("Pruned")
+        if base not in NETWORKS:
+            raise UserError(f"{index_file}: the {where} is a {part[1]}; only {', '.join(NETWORKS)} are supported.")
         extra = sorted(
-            k for k, v in index.items() if isinstance(v, list) and k not in ("unet", "scheduler") and v != [None, None]
+            k for k, v in index.items() if isinstance(v, list) and k not in (where, "scheduler") and v != [None, None]
         )
-        if extra:
+        if extra and base not in INNER_CLASSES:
             raise UserError(f"{index_file}: parts besides unet and scheduler are not supported: {', '.join(extra)}.")
-        unet_dir = folder / "unet" if (folder / "unet").is_dir() else folder
+        unet_dir = folder / where if (folder / where).is_dir() else folder
         if not (unet_dir / "config.json").is_file():
             raise UserError(f"{unet_dir}: has no config.json, so there is no UNet2DModel to open.")
         for candidate in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"):
             if candidate.is_file():
                 return unet_dir, candidate, notes
         raise UserError(f"{folder}: the pipeline has no scheduler/scheduler_config.json.")
-    for unet_dir in (folder, folder / "unet"):
+    for unet_dir in (folder, *(folder / p for p in PARTS)):
         if (unet_dir / "config.json").is_file():
-            homes = [folder, folder.resolve().parent] if folder.resolve().name == "unet" else [folder]
+            homes = [folder, folder.resolve().parent] if folder.resolve().name in PARTS else [folder]
             for home in homes:
                 for candidate in (home / "scheduler" / "scheduler_config.json", home / "scheduler_config.json"):
                     if candidate.is_file():
@@ -305,21 +320,21 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return max(count, key=lambda dtype: count[dtype], default=torch.float32)
 
 
-def _empty_unet(config: Mapping[str, Any], device: str) -> Any:
+def _empty_unet(config: Mapping[str, Any], device: str, base: str = "UNet2DModel") -> Any:
     """A stock or free network of this config; on the meta device it costs no memory."""
     from . import compact
 
     if "pruning" in config:
         dense = {k: v for k, v in config.items() if k != "pruning"}
-        return compact.build_free(dense, config["pruning"], device=device)
-    return compact.new_unet(config, device)
+        return compact.build_free(dense, config["pruning"], device=device, base=base)
+    return compact.new_unet(config, device, base)
 
 
-def _build_stock(config: Mapping[str, Any], config_file: Path) -> nn.Module:
+def _build_stock(config: Mapping[str, Any], config_file: Path, base: str) -> nn.Module:
     try:
-        return _empty_unet(config, "cpu")
+        return _empty_unet(config, "cpu", base)
     except Exception as error:  # any constructor error means that this config describes no network
-        raise UserError(f"{config_file}: {_no_network('UNet2DModel', error)}") from error
+        raise UserError(f"{config_file}: {_no_network(base, error)}") from error
 
 
 def _no_network(class_name: str, error: Exception) -> str:
@@ -327,17 +342,17 @@ def _no_network(class_name: str, error: Exception) -> str:
     return f"no {class_name} can be built from it ({type(error).__name__}: {reason[0] if reason else ''})."
 
 
-def _build_free(raw: Mapping[str, Any], config_file: Path) -> tuple[nn.Module, dict[str, Any]]:
+def _build_free(raw: Mapping[str, Any], config_file: Path, base: str) -> tuple[nn.Module, dict[str, Any]]:
     config = {k: v for k, v in raw.items() if not k.startswith("_") and k != "pruning"}
     record = raw.get("pruning")
     if not isinstance(record, dict):
-        raise UserError(f"{config_file}: a {FREE_CLASS} needs the entry pruning.")
+        raise UserError(f"{config_file}: a Pruned{base} needs the entry pruning.")
     try:
-        return _empty_unet({**config, "pruning": record}, "cpu"), config
+        return _empty_unet({**config, "pruning": record}, "cpu", base), config
     except UserError as error:
         raise UserError(f"{config_file}: {error}") from error
     except Exception as error:  # the config describes no network
-        raise UserError(f"{config_file}: {_no_network(FREE_CLASS, error)}") from error
+        raise UserError(f"{config_file}: {_no_network(f'Pruned{base}', error)}") from error
 
 
 def _modern_names(weights: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
@@ -404,14 +419,19 @@ def save_folder(
     scheduler: Any,
     *,
     dtype: torch.dtype | None = None,
+    pipeline: Path | None = None,
 ) -> str:
     """Write ``config.json``, the weights, ``scheduler/`` and ``model_index.json`` into an existing folder.
+
+    A text-to-image or transformer network is written without ``model_index.json``, or, with `pipeline`, into a copy of
+    that pipeline's folder in the place of the dense one.
 
     Call it inside :func:`atomic_folder`; it does not protect against a kill by itself.
 
     Args:
         unet: a UNet2DModel (stock layout) or a PrunedUNet2DModel (free layout: its config has the entry ``pruning``).
         dtype: of the saved weights, None for that of the network.
+        pipeline: folder of the pipeline that the dense network is part of, see `pipeline_folder`.
 
     Returns:
         The layout written, "stock" or "free".
@@ -425,8 +445,13 @@ def save_folder(
     target = Path(folder)
     version = diffusers.__version__
     config = public_config(unet)
-    free = "pruning" in config
-    part = ["wanda_fast", FREE_CLASS] if free else ["diffusers", "UNet2DModel"]
+    free, base = "pruning" in config, base_class(unet)
+    part = ["wanda_fast", f"Pruned{base}"] if free else ["diffusers", base]
+    inner = base in INNER_CLASSES
+    index = _copy_parts(pipeline, target, part) if inner and pipeline is not None else None
+    if index is not None:
+        target = target / index
+        target.mkdir()
     _check_config(unet, config)
     config = {"_class_name": part[1], "_diffusers_version": version, **config}
     _write_json(target / "config.json", config)
@@ -436,9 +461,13 @@ def save_folder(
     }
     save_file(state, target / WEIGHTS, metadata={"format": "pt"})
     (target / WEIGHTS).chmod((target / "config.json").stat().st_mode)  # safetensors makes files for the owner alone
+    if index is not None:  # the pipeline's own scheduler was copied with it
+        return "free" if free else "stock"
     (target / "scheduler").mkdir(exist_ok=True)
     scheduler_config = {k: v for k, v in json.loads(scheduler.to_json_string()).items() if k != "_name_or_path"}
     _write_json(target / "scheduler" / "scheduler_config.json", scheduler_config)
+    if inner:
+        return "free" if free else "stock"
     _write_json(
         target / "model_index.json",
         {
@@ -451,9 +480,44 @@ def save_folder(
     return "free" if free else "stock"
 
 
+def pipeline_folder(folder: Path) -> Path | None:
+    """The folder itself where it is a complete pipeline, every part of its index on disk and none of them pickled; else
+    None.
+    """
+    index_file = folder / "model_index.json"
+    if not index_file.is_file():
+        return None
+    parts = [k for k, v in _read_json(index_file).items() if isinstance(v, list) and v and v != [None, None]]
+    known = [p for p in parts if isinstance(p, str) and re.fullmatch(r"[A-Za-z0-9_]+", p)]
+    whole = len(known) == len(parts) and all((folder / p).is_dir() for p in parts)
+    pickled = whole and any(
+        any(f.suffix in _PICKLE_SUFFIXES for f in (folder / p).iterdir()) and not any((folder / p).glob("*.safetensors"))
+        for p in parts
+    )
+    return folder if whole and not pickled else None
+
+
+def _copy_parts(pipeline: Path, target: Path, part: list[str]) -> str:
+    """Copy a pipeline without its network and name the new network in its index; returns the network's folder name."""
+    index = _read_json(pipeline / "model_index.json")
+    where = next(p for p in PARTS if p in index)
+    for name, value in index.items():
+        if isinstance(value, list) and value and value != [None, None] and name != where:
+            shutil.copytree(
+                pipeline / name, target / name, ignore=shutil.ignore_patterns(*(f"*{end}" for end in _PICKLE_SUFFIXES))
+            )
+    _write_json(target / "model_index.json", {**index, where: part})
+    return where
+
+
+def weights_file(folder: Path) -> Path:
+    """The weights that `save_folder` wrote into a folder."""
+    return next(f for f in (folder / WEIGHTS, *(folder / p / WEIGHTS for p in PARTS)) if f.is_file())
+
+
 def _check_config(unet: nn.Module, config: Mapping[str, Any]) -> None:
     """The config must rebuild exactly this network; `save_pretrained` would not notice that it does not."""
-    twin = _empty_unet(config, "meta")
+    twin = _empty_unet(config, "meta", base_class(unet))
     want = {n: tuple(t.shape) for n, t in twin.state_dict().items()}
     have = {n: tuple(t.shape) for n, t in unet.state_dict().items()}
     wrong = sorted(n for n in want.keys() | have.keys() if want.get(n) != have.get(n))
