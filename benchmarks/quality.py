@@ -507,6 +507,7 @@ def run(args: argparse.Namespace) -> int:
         if args.speed:
             if earlier is None:
                 raise Refused(f"{args.resume or args.out}: --speed adds to rows, and there are none")
+            args.steps = earlier["protocol"]["steps"]
             return speeds(bench, args, earlier, begin)
         bench.start()
         protocol = bench.protocol()
@@ -677,7 +678,7 @@ def plot(results: dict[str, Any], folder: Path) -> list[Path]:
         rows = [row for row in results["rows"] if row["model"] == model]
         panels = [p for p in (("ssim", "SSIM with the dense network's images"), ("fd", "Fréchet distance to real images"))
                   if any(row.get(p[0]) is not None for row in rows)]  # fmt: skip
-        figure, axes = plt.subplots(1, len(panels), figsize=(6.2 * len(panels), 5), squeeze=False)
+        figure, axes = plt.subplots(1, len(panels), figsize=(5.6 * len(panels) + 2.6, 5), squeeze=False)
         labels = [label for label in dict.fromkeys(_label(row) for row in rows) if label != "dense"]
         for axis, (name, title) in zip(axes[0], panels, strict=True):
             for i, label in enumerate(labels):
@@ -706,7 +707,7 @@ def plot(results: dict[str, Any], folder: Path) -> list[Path]:
             axis.set_xlabel("GMACs of one forward pass")
             axis.set_ylabel(title)
             axis.grid(alpha=0.3, which="both")
-        axes[0][0].legend(fontsize=7)
+        axes[0][-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
         env, protocol = results["env"], results["protocol"]
         features = f", {protocol['features']['features']} features" if protocol["features"] and len(panels) == 2 else ""
         machine = env.get("gpu") or env.get("cpu")

@@ -261,8 +261,8 @@ def held_out_batches(
     batch_size: int = 32,
     device: torch.device | str | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Any, Tensor]]:
-    """(x_t, t, labels, target) for n noised images: sample i is images[i % N] at t = ⌊(i + ½) T / n⌋, with noise that depends on
-    (seed, i) alone and that calibration and repair do not use. With n = T, t = i.
+    """(x_t, t, labels, target) for n noised images: sample i is images[i % N] at t = ⌊(p_i + ½) T / n⌋ with a fixed permutation p (images
+    may be sorted by class), with noise that depends on (seed, i) alone and that calibration and repair do not use.
 
     `target` is what the network was trained to give there: ε, or v or x₀ as the scheduler's `prediction_type` says.
     """
@@ -271,9 +271,10 @@ def held_out_batches(
     alphas = scheduler.alphas_cumprod.to(place_, torch.float32)
     kind = scheduler.config.get("prediction_type", "epsilon")
     clean = to_float(images)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist()
     for start in range(0, n, batch_size):
         indices = range(start, min(start + batch_size, n))
-        t = torch.tensor([(2 * i + 1) * total // (2 * n) for i in indices], device=place_)
+        t = torch.tensor([(2 * order[i] + 1) * total // (2 * n) for i in indices], device=place_)
         eps = noise(clean.shape[1:], indices, seed + HELD_OUT_SEED, "calibration").to(place_)
         x0 = clean[[i % len(clean) for i in indices]].to(place_)
         a = alphas[t].sqrt().view(-1, 1, 1, 1)
@@ -353,6 +354,10 @@ def speed(
     """
     device = next(unet.parameters()).device
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else next(unet.parameters()).dtype)
+    if compiled:
+        import torch._dynamo
+
+        torch._dynamo.reset()  # what earlier networks left counts towards its limit, past which it runs eagerly
     networks = [unet] if reference is None else [unet, reference]
     runs, peaks, building = [], [], []
     for network in networks:
