@@ -85,7 +85,7 @@ def _front_matter(report: dict[str, Any]) -> str:
     ]
     data: dict[str, Any] = {
         "library_name": "diffusers" if report["plan"]["layout"] == "stock" else "wanda_fast",
-        "pipeline_tag": "unconditional-image-generation",
+        "pipeline_tag": _task(report),
         "tags": ["pruning", "structured-pruning", "wanda", "ddpm", "diffusion"],
     }
     if report.get("base_model"):
@@ -94,12 +94,17 @@ def _front_matter(report: dict[str, Any]) -> str:
         data["model-index"] = [{
             "name": f"{report['model']}-pruned",
             "results": [{
-                "task": {"type": "unconditional-image-generation"},
+                "task": {"type": _task(report)},
                 "dataset": {"type": "generated", "name": "samples and predictions of the dense model"},
                 "metrics": metrics,
             }],
         }]  # fmt: skip
     return "---\n" + yaml.safe_dump(data, sort_keys=False, allow_unicode=True) + "---"
+
+
+def _task(report: dict[str, Any]) -> str:
+    reads_text = report.get("network") in ("UNet2DConditionModel", "PixArtTransformer2DModel")
+    return "text-to-image" if reads_text else "unconditional-image-generation"
 
 
 def _table(report: dict[str, Any], quality: dict[str, Any]) -> str:
@@ -140,6 +145,14 @@ def _quality_note(report: dict[str, Any], quality: dict[str, Any]) -> str:
 
 
 def _usage(report: dict[str, Any]) -> str:
+    network = report.get("network", "UNet2DModel")
+    if network != "UNet2DModel":
+        return (
+            f'```python\nimport wanda_fast\n\nmodel = wanda_fast.load_pruned("FOLDER")\n```\n\nThis is the pipeline, or the '
+            f"`Pruned{network}` where the folder holds nothing else. Inside its blocks the widths differ from layer to layer, "
+            "which the constructors of diffusers cannot express, so the package `wanda_fast` is needed to open it; with "
+            "`import wanda_fast` the pipelines' own `from_pretrained` open it as well."
+        )
     if report["plan"]["layout"] == "stock":
         body = 'from diffusers import DDPMPipeline\n\npipeline = DDPMPipeline.from_pretrained("FOLDER")'
         note = "Plain diffusers opens this folder; the package that made it is not needed."

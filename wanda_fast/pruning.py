@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from . import compact as compaction
 from . import ops
 from .errors import UserError
 from .importance import COMBINATIONS, CRITERIA, Context, draw_anew, get_criterion, slot_scores
+from .inner_slots import base_class
 from .plan import (
     LAYOUTS,
     NORM_POLICIES,
@@ -45,6 +46,7 @@ REPAIRS = ("lstsq", "bias", "none")
 TIMESTEPS = ("random", "trajectory")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SENSITIVITY_IMAGES = (32, 128)  # noised images of the sensitivity study, on a CPU and on a GPU
+SENSITIVITY_LIMIT = 6 << 30  # bytes of second moments, of conditioned networks
 _DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", **{n: n for n in DTYPES}}
 RESULT_FORMAT = "wanda_fast.pruning/1"
 
@@ -68,12 +70,15 @@ class PruneOptions:
         min_width: least channels of a slot.
         dataset: calibration images: "self" (the model's own samples), "cifar10", or a folder of images.
         data_dir: where CIFAR-10 lies.
+        prompt_embeds: safetensors file with the conditioning of a text-to-image or transformer network, see
+            `wanda_fast.inputs.Prompts`; None for random conditioning.
+        guidance_scale: such a network is calibrated on guided pairs (with and without the prompt); None for no guidance.
         calib_steps: number of noised images of the calibration.
         timesteps: "random" (images noised to stratified random t) or "trajectory" (states of DDIM sampling).
         time_strategy, activation_strategy, target_steps: see `wanda_fast.stats`.
         repair: "lstsq" refits the remaining layers in closed form, "bias" folds the mean of what was removed,
             "none" leaves plain pruning.
-        repair_images: noised images of the repair; None for 256 on a CPU and 2048 on a GPU.
+        repair_images: noised images of the repair; None for 256 on a CPU and 2048 on a GPU (32 and 128 latents).
         load_stats: file of saved statistics, used instead of a calibration.
         plan: file of a saved plan that is replayed.
         device: "cuda", "cpu", …; None for a GPU if there is one.
@@ -98,6 +103,8 @@ class PruneOptions:
     min_width: int = 8
     dataset: str = "self"
     data_dir: str | None = None
+    prompt_embeds: str | None = None
+    guidance_scale: float | None = None
     calib_steps: int = 1024
     timesteps: str = "random"
     time_strategy: str = "mean"
@@ -166,7 +173,9 @@ class PruneOptions:
             raise UserError(f"unknown dtype {self.dtype!r}; known: {', '.join(_DTYPE_NAMES)}")
         data.check_source(self.dataset, data_dir=self.data_dir)
         check_device(self.device)
-        for what, file in (("statistics", self.load_stats), ("plan", self.plan)):
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale < math.inf:
+            raise UserError(f"the guidance scale must be at least 0; got {self.guidance_scale}")
+        for what, file in (("statistics", self.load_stats), ("plan", self.plan), ("prompt", self.prompt_embeds)):
             if file is not None and not Path(file).is_file():
                 raise UserError(f"the {what} file {file} does not exist")
 
@@ -176,12 +185,13 @@ class PruneResult:
     """What `prune` returns.
 
     Attributes:
-        pipeline: a DDPMPipeline with the pruned network.
+        pipeline: a DDPMPipeline with the pruned network; None for a network that is part of another pipeline.
         plan: kept channels per slot.
         stats: activation statistics; None where neither the criterion nor an analysis needed them.
         report: sizes, quality, seconds per stage and versions (plain JSON values); what `pruning.json` holds.
         path: the folder written, or None.
         repair: report of the repair, or None.
+        network: the pruned network; None for a dry run.
     """
 
     pipeline: DDPMPipeline | None
@@ -190,6 +200,7 @@ class PruneResult:
     report: dict[str, Any]
     path: Path | None = None
     repair: Any = None
+    network: Any = None
 
 
 def parse_budget(value: str | float, dense: int, what: str = "target") -> int:
@@ -327,6 +338,8 @@ class _Run:
     quality: dict[str, Any] = field(default_factory=dict)
     repair_report: Any = None
     split_report: dict[str, Any] = field(default_factory=dict)
+    conditioned: bool = False
+    pipeline_folder: Path | None = None
     unet: Any = None
 
     def __post_init__(self) -> None:
@@ -346,10 +359,11 @@ class _Run:
                 self.bundled, self.source = model is None, loaded.source
                 self.hub_id = str(model) if loaded.source == "hub" else None
                 self.saved_dtype = checkpoint.stored_dtype(loaded.path)
+                self.pipeline_folder = checkpoint.pipeline_folder(loaded.path)
                 for note in loaded.notes:
                     self.log(note)
             else:
-                unet = getattr(model, "unet", None)
+                unet = getattr(model, "unet", None) or getattr(model, "transformer", None)
                 if unet is None or getattr(model, "scheduler", None) is None:
                     raise UserError(f"{type(model).__name__} is not a pipeline with a unet and a scheduler")
                 self.saved_dtype = next(unet.parameters()).dtype
@@ -362,6 +376,7 @@ class _Run:
                 raise UserError("this network is already pruned in the free layout; prune its original instead")
             self.log(f"model: {self.name}" + (
                 " (bundled with the package; --model FOLDER_OR_HUB_ID prunes another one)" if self.bundled else ""))
+            self._adapt()
             self.log(f"device: {self.device}; {ops.describe_backends()}")
             if self.options.backend != "auto":
                 ops.set_backend(self.options.backend)
@@ -374,6 +389,35 @@ class _Run:
             self.dense_params, self.dense_macs = self.costs.sizes({})
             self.target = self._target()
             self._steps(self.options.target_steps)
+
+    def _adapt(self) -> None:
+        """What is different for a network that reads conditioning and works on latents; each said aloud."""
+        from .inputs import Prompts, input_spec, is_conditioned
+
+        o = self.options
+        self.conditioned = is_conditioned(self.unet)
+        if not self.conditioned:
+            for name in ("prompt_embeds", "guidance_scale"):
+                if getattr(o, name) is not None:
+                    raise UserError(f"{name} is for networks that read prompts or classes; {self.name} is none")
+            return
+        if self.criterion_needs_images():
+            raise UserError(f"the pruner {o.pruner} needs images, and {type(self.unet).__name__} works on latents")
+        input_spec(self.unet)
+        prompts = Prompts() if o.prompt_embeds is None else Prompts.load(o.prompt_embeds)
+        prompts.guidance = o.guidance_scale
+        prompts.check(self.unet)
+        self._images: Any = prompts
+        self.log(f"calibration: {prompts.describe()}" + (
+            "" if prompts.tensors else " (--prompt_embeds FILE calibrates with real prompts)"))
+        if o.layout == "stock":
+            self.log(f"layout: free, since no stock configuration of {type(self.unet).__name__} has other widths inside a block")
+        if o.num_samples:
+            self.log("no sample grids for latents: the error of the predicted noise is measured instead")
+        self.options = replace(o, layout="free", num_samples=0)
+
+    def criterion_needs_images(self) -> bool:
+        return self.options.plan is None and get_criterion(self.options.pruner).needs_images
 
     def _steps(self, text: str) -> tuple[int, int]:
         """Range [low, high) of timesteps on this model's schedule."""
@@ -417,6 +461,8 @@ class _Run:
         return self._images
 
     def _source_of_images(self) -> str:
+        if self.conditioned:
+            return self._images.describe()
         if self.options.dataset != "self":
             return Path(self.options.dataset).name  # a name, not a path of this machine
         return "the bundled model's own samples" if self.bundled else "the model's own samples"
@@ -426,6 +472,8 @@ class _Run:
         """Noised images that the repair uses."""
         if self.options.repair_images is not None:
             return self.options.repair_images
+        if self.conditioned:
+            return 128 if self.device.type == "cuda" else 32
         return 2048 if self.device.type == "cuda" else 256
 
     def batches(self, n: int, seed_offset: int = 0) -> Callable[[], Iterable[Any]]:
@@ -536,7 +584,12 @@ class _Run:
             self.context.identities = frozenset(f"{name}.conv_shortcut" for name in shortcuts)
         scores = slot_scores(unet, slots, self.criterion, self.context, combine=o.combine)
         problem = self._problem(slots, costs)
-        if o.split == "uniform":
+        split = o.split
+        moments = 8 * sum(s.width**2 for s in slots.slots.values()) if self.conditioned else 0
+        if split == "sensitivity" and moments > SENSITIVITY_LIMIT:
+            self.log(f"split: uniform, since the sensitivity study would hold {moments / 2**30:.0f} GiB of second moments")
+            split = "uniform"
+        if split == "uniform":
             widths = uniform_widths(problem, self.target)
         else:
             damage = self._damage(unet, slots, problem, scores)
@@ -661,7 +714,7 @@ class _Run:
         if o.plan is not None:
             asked = {"plan": Path(o.plan).name}
         settings = asdict(o)
-        for name in ("load_stats", "plan", "data_dir"):  # names, not paths of this machine
+        for name in ("load_stats", "plan", "data_dir", "prompt_embeds"):  # names, not paths of this machine
             if settings[name] is not None:
                 settings[name] = Path(settings[name]).name
         if o.dataset not in ("self", "cifar10"):
@@ -675,6 +728,7 @@ class _Run:
         report: dict[str, Any] = {
             "format": RESULT_FORMAT,
             "model": self.name,
+            "network": base_class(self.unet),
             "source": self.source,
             "base_model": self.hub_id,
             "asked": asked,
@@ -738,15 +792,15 @@ class _Run:
 
         nn.Module.to(self.pruned, self.saved_dtype)
         pruned = self.pruned
-        pipeline = DDPMPipeline(unet=pruned, scheduler=copy.deepcopy(self.scheduler))
-        result = PruneResult(pipeline, self.plan, self.stats, {}, None, self.repair_report)
+        pipeline = None if self.conditioned else DDPMPipeline(unet=pruned, scheduler=copy.deepcopy(self.scheduler))
+        result = PruneResult(pipeline, self.plan, self.stats, {}, None, self.repair_report, pruned)
         study = analysis.analyse(self.stats) if analyse else None
         if save_path is not None:
             with self.stages("save"), checkpoint.atomic_folder(save_path, overwrite) as folder:
-                checkpoint.save_folder(folder, pruned, self.scheduler)
+                checkpoint.save_folder(folder, pruned, self.scheduler, pipeline=self.pipeline_folder)
                 self.quality["file_bytes"] = {
                     "dense": self.dense_params * self.saved_dtype.itemsize,
-                    "pruned": (folder / checkpoint.WEIGHTS).stat().st_size,
+                    "pruned": checkpoint.weights_file(folder).stat().st_size,
                 }
                 (folder / "vis").mkdir()
                 if self.options.num_samples > 0:

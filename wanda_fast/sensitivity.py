@@ -94,6 +94,8 @@ def study_layers(
 
     def watch(name: str, module: nn.Module) -> None:
         def hook(_: nn.Module, args: tuple, out: Tensor) -> None:
+            if not torch.is_grad_enabled():  # a pass of the batches' own, along a trajectory
+                return
             x = args[0].detach()
             rows = x.flatten(2).transpose(1, 2).reshape(-1, x.shape[1]) if x.ndim == 4 else x.reshape(-1, x.shape[-1])
             rows = rows.float()

@@ -41,7 +41,8 @@ def add_arguments(parser: Parser) -> None:
     """All options of the subcommand, in groups; defaults are those of `PruneOptions`."""
     group = parser.add_argument_group("model and result")
     group.add_argument("--model_path", "--model", dest="model", metavar="FOLDER|HUB_ID",
-        help="diffusers folder or hub id with a UNet2DModel (default: the bundled ddpm-cifar10-small)")  # fmt: skip
+        help="diffusers folder or hub id with a UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel or "
+        "PixArtTransformer2DModel (default: the bundled ddpm-cifar10-small)")  # fmt: skip
     group.add_argument("--save_path", "--out", dest="save_path", metavar="FOLDER",
         help="folder to write, in one step at the end (default: run/<model>-<pruner>-<ratio>)")  # fmt: skip
     group.add_argument("--overwrite", action="store_true", help="replace a folder that exists and is not empty")
@@ -84,6 +85,11 @@ def add_arguments(parser: Parser) -> None:
         help="calibration images: the model's own samples, CIFAR-10 from --data_dir, or a folder of images of any size "
         "and mode (default: self)")  # fmt: skip
     group.add_argument("--data_dir", metavar="FOLDER", help="where CIFAR-10 lies (binary version or images)")
+    group.add_argument("--prompt_embeds", metavar="FILE",
+        help="safetensors file with prompt_embeds and whatever else a text-to-image or transformer network reads, for its "
+        "calibration (default: random conditioning)")  # fmt: skip
+    group.add_argument("--guidance_scale", type=float, metavar="S",
+        help="calibrate such a network on guided pairs, with and without the prompt (default: without guidance)")  # fmt: skip
     group.add_argument("--wanda_calib_steps", "--calib_steps", dest="calib_steps", type=whole(1), default=1024,
         metavar="N", help="number of noised images that are run through the network, at least 1 (default: 1024)")  # fmt: skip
     group.add_argument("--timesteps", choices=("random", "trajectory"), default="random",
@@ -110,7 +116,7 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument("--repair", choices=("lstsq", "bias", "none"), default="lstsq",
         help="lstsq: least-squares refit of every layer that remains; bias: biases alone; none (default: lstsq)")  # fmt: skip
     group.add_argument("--repair_images", type=whole(1), default=None, metavar="N",
-        help="noised images of the repair, at least 1 (default: 256 on a CPU, 2048 on a GPU)")  # fmt: skip
+        help="noised images of the repair, at least 1 (default: 256 on a CPU, 2048 on a GPU; 32 and 128 for latents)")  # fmt: skip
 
     group = parser.add_argument_group("running it")
     group.add_argument("--device", metavar="DEVICE", help="cuda, cuda:1, cpu, ... (default: cuda if there, else cpu)")
@@ -312,6 +318,8 @@ def _widths(config: dict[str, Any]) -> str:
 
 
 def _how_to_open(result: PruneResult) -> str:
+    if result.pipeline is None and not (result.path / "model_index.json").is_file():  # type: ignore[operator]
+        return f"wanda_fast.{type(result.network).__name__}.from_pretrained({str(result.path)!r})"
     if result.plan.layout == "stock":
         return f"diffusers.DDPMPipeline.from_pretrained({str(result.path)!r})"
     return f"wanda_fast.load_pruned({str(result.path)!r})"
