@@ -355,9 +355,9 @@ def speed(
     device = next(unet.parameters()).device
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else next(unet.parameters()).dtype)
     if compiled:
-        import torch._dynamo
+        from torch import _dynamo
 
-        torch._dynamo.reset()  # what earlier networks left counts towards its limit, past which it runs eagerly
+        _dynamo.reset()  # what earlier networks left counts towards its limit, past which it runs eagerly
     networks = [unet] if reference is None else [unet, reference]
     runs, peaks, building = [], [], []
     for network in networks:

@@ -18,11 +18,13 @@ A new extractor is one small class in one file:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import math
 import os
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -213,7 +215,8 @@ class Inception(FeatureExtractor):
         if not file.is_file():
             _fetch_inception(file)
         try:
-            self.network = InceptionV3W(str(file.parent), download=False).to(self.device).eval()
+            with _no_warnings():
+                self.network = InceptionV3W(str(file.parent), download=False).to(self.device).eval()
         except (RuntimeError, AttributeError) as error:
             raise UserError(f"{file}: truncated, or not the Inception network of clean-fid ({_first_line(error)}).") from error
         self.weights = _file_hash(file)
@@ -243,7 +246,8 @@ class TorchScript(FeatureExtractor):
         super().__init__(device)
         self.path = Path(path)
         try:
-            self.network = torch.jit.load(str(self.path), map_location=self.device).eval()
+            with _no_warnings():
+                self.network = torch.jit.load(str(self.path), map_location=self.device).eval()
         except (RuntimeError, ValueError, OSError) as error:
             raise UserError(f"{path}: not a TorchScript file ({_first_line(error)}).") from error
         self.weights = _file_hash(self.path)
@@ -267,6 +271,15 @@ class TorchScript(FeatureExtractor):
         found = found.mean((2, 3)) if found.dim() == 4 else found
         self.dim = found.shape[1]
         return found
+
+
+@contextlib.contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Newer torch calls TorchScript files deprecated; whoever names one knows what he has."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
 
 
 class _exact_float32:
