@@ -23,7 +23,7 @@ from wanda_fast.cli.terminal import Terminal
 from wanda_fast.errors import UserError
 
 PROGRAM = "wanda-fast"
-COMMANDS = ("prune", "sample", "evaluate", "fid", "analyze")
+COMMANDS = ("prune", "sample", "evaluate", "fid", "analyze", "compare")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
