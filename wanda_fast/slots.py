@@ -398,10 +398,10 @@ def resize(unet: UNet2DModel, slots: SlotMap, widths: Mapping[str, int], norm_gr
             fresh(module, "weight", (module.num_embeddings, module.embedding_dim))
         else:
             raise TypeError(f"{name}: {type(module).__name__} cannot be resized")
-    _follow_attributes(unet, slots, widths)
+    follow_attributes(unet, slots, widths)
 
 
-def _follow_attributes(unet: UNet2DModel, slots: SlotMap, widths: Mapping[str, int]) -> None:
+def follow_attributes(unet: UNet2DModel, slots: SlotMap, widths: Mapping[str, int]) -> None:
     """Attributes that the forward passes of diffusers check or use: channel counts, heads, softmax scale."""
     for name, module in unet.named_modules():
         kind = type(module).__name__
