@@ -11,6 +11,7 @@ Source: Wanda, Sun et al. 2023, arXiv:2306.11695, equation 1 (S = |W|·||X||_2),
 
 from __future__ import annotations
 
+import functools
 import math
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -33,18 +35,22 @@ class Config(NamedTuple):
     stages: int = 1
 
 
-# 8 x 512 values on 4 warps: eight 16-byte loads of fp32 per thread in flight. 64 rows keep the partials at 3 % of the traffic and still give
-# 900 programs for a 1280 x 2560 x 3 x 3 weight, near a whole number for each of 132 multiprocessors.
+# 8 x 512 values: 64 rows keep the partials at 3 % of an fp32 weight's traffic and still give 900 programs for a 1280 x 2560 x 3 x 3 weight,
+# near a whole number for each of 132 multiprocessors. The sum down the rows must stay inside a thread: warps stand side by side, never one
+# below the other. In 16 bits one warp is as wide as 256 columns; there tiles three ahead (asynchronous copies) beat more warps.
 LARGE = Config(block_o=8, block_k=512, rows=64, num_warps=4)
+LARGE_16 = Config(block_o=8, block_k=512, rows=64, num_warps=1, stages=3)
 # Weights of a few hundred thousand values: shorter programs, so that all multiprocessors get some.
-SMALL = Config(block_o=8, block_k=256, rows=16, num_warps=4)
+SMALL = Config(block_o=8, block_k=512, rows=16, num_warps=1)
 LARGE_ELEMENTS = 1 << 22
 
 
 @triton.jit
 def _norm_kernel(
-    sq_ptr, row_weight_ptr, norm_ptr, R, C, stride_sr, stride_sc, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+    sq_ptr, row_weight_ptr, norm_ptr, R, C, stride_sr, stride_sc, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BEFORE: tl.constexpr
 ):
+    if BEFORE:
+        gdc_launch_dependents()
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     acc = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
@@ -75,15 +81,21 @@ def _partial_kernel(
     BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
+    AFTER: tl.constexpr,
+    BEFORE: tl.constexpr,
 ):
+    if BEFORE:  # the sums may start to load their code; they wait for this kernel's end before they read
+        gdc_launch_dependents()
     pid_k = tl.program_id(0)
     pid_o = tl.program_id(1)
     group = tl.program_id(2)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
     channel = offs_k % I if CHANNELS_LAST else offs_k // KK
+    if AFTER:
+        gdc_wait()
     norm = tl.load(norm_ptr + group * I + channel, mask=mask_k, other=0.0).to(tl.float32)
-    acc = tl.zeros([BLOCK_O, BLOCK_K], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_K], dtype=tl.float32)
     for first in tl.range(pid_o * ROWS, pid_o * ROWS + ROWS, BLOCK_O, num_stages=STAGES):
         offs_o = first + tl.arange(0, BLOCK_O)
         mask_o = offs_o < O
@@ -94,12 +106,12 @@ def _partial_kernel(
         else:
             value = tl.load(pointers, mask=mask_o[:, None] & mask_k[None, :], other=0.0)
         value = tl.abs(value.to(tl.float32))
-        acc += value
+        acc += tl.sum(value, axis=0)
         total = tl.sum(value * norm[None, :], axis=1)
         slot = pid_k.to(tl.int64) * (O * tl.num_programs(2)) + row
         tl.store(row_partial_ptr + slot, total, mask=mask_o)
     slot = pid_o.to(tl.int64) * (K * tl.num_programs(2)) + group.to(tl.int64) * K + offs_k
-    tl.store(col_partial_ptr + slot, tl.sum(acc, axis=0), mask=mask_k)
+    tl.store(col_partial_ptr + slot, acc, mask=mask_k)
 
 
 @triton.jit
@@ -121,8 +133,11 @@ def _finish_kernel(
     CHANNELS_LAST: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    AFTER: tl.constexpr,
 ):
     pid = tl.program_id(0)
+    if AFTER:
+        gdc_wait()
     if pid < ROW_PROGRAMS:
         offs = pid * BLOCK + tl.arange(0, BLOCK)
         acc = tl.zeros([BLOCK_P, BLOCK], dtype=tl.float32)
@@ -188,8 +203,14 @@ def _groups(weight: Tensor, channels: int, name: str) -> int:
     return groups
 
 
-def _score(weight: Tensor, norm: Tensor, config: Config | None) -> tuple[Tensor, Tensor]:
-    """`norm` is contiguous and on the weight's device."""
+@functools.cache
+def _overlaps(device: torch.device) -> bool:
+    """Whether a kernel may start before the one it follows has ended (programmatic dependent launch: NVIDIA's Hopper and later)."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def _score(weight: Tensor, norm: Tensor, config: Config | None, after_norm: bool = False) -> tuple[Tensor, Tensor]:
+    """`norm` is contiguous and on the weight's device; `after_norm`: the launch before this one, on the same stream, writes it."""
     groups = _groups(weight, norm.numel(), "act_norm")
     c_out, per_group = weight.shape[:2]
     taps = math.prod(weight.shape[2:])
@@ -205,19 +226,24 @@ def _score(weight: Tensor, norm: Tensor, config: Config | None) -> tuple[Tensor,
         if not channels_last:
             weight = weight.contiguous()
     rows_per_group, K = c_out // groups, per_group * taps
-    config = config or (LARGE if weight.numel() >= LARGE_ELEMENTS else SMALL)
+    if config is None:
+        large = LARGE_16 if weight.element_size() == 2 else LARGE
+        config = large if weight.numel() >= LARGE_ELEMENTS else SMALL
     block_o = min(config.block_o, _power_of_2(rows_per_group))
     rows = min(config.rows, _divide(rows_per_group, block_o) * block_o)
     block_k = min(config.block_k, max(_power_of_2(K), 16))
     while K % block_k and block_k > 256:  # full blocks need no masks
         block_k //= 2
+    num_warps = max(1, min(config.num_warps, block_k * weight.element_size() // 512))
     k_blocks, o_blocks = _divide(K, block_k), _divide(rows_per_group, rows)
+    overlap = _overlaps(weight.device)
+    extra = {"launch_pdl": True} if overlap else {}
     row_partial = torch.empty(k_blocks * c_out, dtype=torch.float32, device=weight.device)
     col_partial = torch.empty(o_blocks * groups * K, dtype=torch.float32, device=weight.device)
     _partial_kernel[(k_blocks, o_blocks, groups)](
         weight, norm, row_partial, col_partial, rows_per_group, per_group, K, weight.stride(0), KK=taps, ROWS=rows, CHANNELS_LAST=channels_last,
         BLOCK_O=block_o, BLOCK_K=block_k, EVEN=rows_per_group % rows == 0 and rows % block_o == 0 and K % block_k == 0,
-        STAGES=config.stages, num_warps=config.num_warps,
+        STAGES=config.stages, AFTER=after_norm and overlap, BEFORE=overlap, num_warps=num_warps, **(extra if after_norm else {}),
     )  # fmt: skip
     # Few channels and all partials per program: one round trip to memory instead of a loop of them.
     block = 8
@@ -225,7 +251,8 @@ def _score(weight: Tensor, norm: Tensor, config: Config | None) -> tuple[Tensor,
     row_programs = _divide(c_out, block)
     _finish_kernel[(row_programs + _divide(norm.numel(), block),)](
         row_partial, col_partial, norm, row, col, c_out, norm.numel(), per_group, K, groups * K, row_programs, k_blocks, o_blocks,
-        KK=taps, CHANNELS_LAST=channels_last, BLOCK=block, BLOCK_P=max(16, min(256, _power_of_2(partials))), num_warps=4,
+        KK=taps, CHANNELS_LAST=channels_last, BLOCK=block, BLOCK_P=max(16, min(256, _power_of_2(partials))), AFTER=overlap,
+        num_warps=4, **extra,
     )  # fmt: skip
     return row, col
 
@@ -296,6 +323,7 @@ def wanda_score_stats(
                 sq.stride(1),
                 BLOCK_R=32,
                 BLOCK_C=32,
+                BEFORE=_overlaps(weight.device),
                 num_warps=4,
             )
-        return _score(weight, norm, config)
+        return _score(weight, norm, config, after_norm=C > 0)
