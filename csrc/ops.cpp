@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cpu_kernels.h"
+#include "stable_macros.h"
 
 namespace wanda_fast {
 namespace {
@@ -461,6 +462,207 @@ std::vector<Tensor> compact(std::vector<Tensor> tensors, std::vector<std::option
   return results;
 }
 
+// ---- conv_gram ----------------------------------------------------------------------------------------------------
+
+// A map [N, C, H, W] as fp32 rows, one per position, with zeros up to `stride`.
+struct RowTable {
+  int64_t columns, stride;
+  std::vector<float> data;
+};
+
+// An odd number of cache lines, so that the same column of neighbouring rows falls into different cache sets.
+int64_t gram_stride(int64_t columns) { return (ceil_div(columns, 16) | 1) * 16; }
+
+void fill_rows(const Tensor& x, Element element, const float* weight, int64_t first, int64_t count, RowTable& table) {
+  const int64_t C = x.size(1), H = x.size(2), W = x.size(3), P = H * W;
+  constexpr int64_t kSize[kElements] = {4, 8, 2, 2};
+  const int64_t sn = x.stride(0), sc = x.stride(1), sh = x.stride(2), sw = x.stride(3);
+  const char* const source = static_cast<const char*>(x.const_data_ptr());
+  const ToFloatFn convert = cpu_kernels().to_float[element];
+  table.columns = C;
+  table.stride = gram_stride(table.columns);
+  table.data.assign(count * P * table.stride + 2 * kGramPad, 0.0f);
+  torch::stable::parallel_for(0, count * H, std::max<int64_t>(1, kGrain / (W * C)), [&](int64_t begin, int64_t end) {
+    constexpr int64_t kBlock = 64;
+    float block[kBlock];
+    for (int64_t line = begin; line < end; ++line) {
+      const int64_t n = line / H;
+      const char* const from = source + ((first + n) * sn + line % H * sh) * kSize[element];
+      float* const to = table.data.data() + line * W * table.stride;
+      const float scale = weight ? weight[first + n] : 1.0f;
+      // Reads run along whichever dimension is dense.
+      const bool along_channels = sc == 1 || sw != 1;
+      const int64_t inner = along_channels ? C : W, outer = along_channels ? W : C;
+      const int64_t inner_stride = along_channels ? sc : sw, outer_stride = along_channels ? sw : sc;
+      const int64_t inner_to = along_channels ? 1 : table.stride, outer_to = along_channels ? table.stride : 1;
+      for (int64_t i = 0; i < inner; i += kBlock) {
+        const int64_t length = std::min(kBlock, inner - i);
+        for (int64_t o = 0; o < outer; ++o) {
+          const char* const p = from + (o * outer_stride + i * inner_stride) * kSize[element];
+          const float* values = reinterpret_cast<const float*>(p);
+          if (inner_stride != 1) {
+            for (int64_t k = 0; k < length; ++k) {
+              const char* const q = p + k * inner_stride * kSize[element];
+              if (convert) {
+                convert(q, block + k, 1);
+              } else {
+                block[k] = *reinterpret_cast<const float*>(q);
+              }
+            }
+            values = block;
+          } else if (convert) {
+            convert(p, block, length);
+            values = block;
+          }
+          float* const q = to + o * outer_to + i * inner_to;
+          for (int64_t k = 0; k < length; ++k) q[k * inner_to] = values[k] * scale;
+        }
+      }
+    }
+  });
+}
+
+// One product: the sum over all samples of the outer products of row pairs (a, b), positions within a sample; or with `ones`
+// the sum of the rows a alone.
+struct RowProduct {
+  const RowTable* left;
+  const RowTable* right;
+  bool ones;
+  std::vector<std::pair<int64_t, int64_t>> pairs;
+  float* out;
+  int64_t out_stride;
+};
+
+// Adds the products of `samples` samples with P positions each to their results, in tasks that depend on the shapes alone.
+void add_products(const std::vector<RowProduct>& products, int64_t samples, int64_t P) {
+  struct Task {
+    const RowProduct* product;
+    int64_t begin, end;  // rows of the result
+  };
+  std::vector<Task> tasks;
+  constexpr int64_t kWork = 1 << 22;  // multiplications
+  for (const RowProduct& p : products) {
+    const int64_t per_tile = std::max<int64_t>(1, samples * static_cast<int64_t>(p.pairs.size()) * (p.ones ? 1 : p.right->stride) * kGramTile);
+    const int64_t step = std::max<int64_t>(1, kWork / per_tile) * kGramTile;
+    for (int64_t i = 0; i < p.left->columns; i += step) tasks.push_back({&p, i, std::min(p.left->columns, i + step)});
+  }
+  torch::stable::parallel_for(0, static_cast<int64_t>(tasks.size()), 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> sums;
+    int64_t a_rows[kGramRows], b_rows[kGramRows];
+    for (int64_t t = begin; t < end; ++t) {
+      const Task& task = tasks[t];
+      const RowProduct& p = *task.product;
+      const RowTable &left = *p.left, &right = *p.right;
+      const int64_t pairs = static_cast<int64_t>(p.pairs.size()), rows = task.end - task.begin;
+      const int64_t c_stride = right.stride + kGramPad;
+      sums.assign(p.ones ? 2 * rows : (rows + kGramTile) * c_stride + kGramPad, 0.0f);
+      GramArgs args{left.data.data() + task.begin, right.data.data(), a_rows, b_rows, 0, 0, rows, right.columns, sums.data(), c_stride};
+      int64_t n = 0, k = 0;
+      for (int64_t done = 0; done < samples * pairs; done += args.count) {
+        args.count = std::min(kGramRows, samples * pairs - done);
+        for (int64_t m = 0; m < args.count; ++m) {
+          a_rows[m] = (n * P + p.pairs[k].first) * left.stride;
+          b_rows[m] = (n * P + p.pairs[k].second) * right.stride;
+          if (++k == pairs) k = 0, ++n;
+        }
+        if (p.ones) {
+          float* const block = sums.data() + rows;  // short sums first
+          std::fill_n(block, rows, 0.0f);
+          for (int64_t m = 0; m < args.count; ++m)
+            for (int64_t i = 0; i < rows; ++i) block[i] += args.a[a_rows[m] + i];
+          for (int64_t i = 0; i < rows; ++i) sums[i] += block[i];
+        } else {
+          cpu_kernels().gram(args);
+        }
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        float* const out = p.out + (task.begin + i) * p.out_stride;
+        if (p.ones) {
+          out[0] += sums[i];
+          continue;
+        }
+        for (int64_t j = 0; j < right.columns; ++j) out[j] += sums[i * c_stride + j];
+      }
+    }
+  });
+}
+
+// The sums that conv_gram.py assembles for a 3 x 3 convolution of stride 1 and padding 1, see conv_gram_shift there: [13, C, C] over the map by
+// offset difference, [12, C, C] over border lines, [4, C, C] over corners, [9, C, C_out + 1] with y. Nothing is padded: pairs of
+// positions of which one lies outside the map are left out, where the composition of GEMMs multiplies zeros.
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_gram_sums(const Tensor& x, const Tensor& y, std::optional<Tensor> weight) {
+  const Element element_x = element_of(x, "x"), element_y = element_of(y, "y");
+  STD_TORCH_CHECK(x.dim() == 4 && y.dim() == 4 && x.size(0) == y.size(0) && x.size(2) == y.size(2) && x.size(3) == y.size(3),
+                  "y: must have the samples, height and width of x, both [N, C, H, W]");
+  const int64_t N = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), P = H * W;
+  std::vector<float> scales;
+  if (weight) {
+    STD_TORCH_CHECK(weight->dim() == 1 && weight->size(0) == N && weight->scalar_type() == ScalarType::Float, "weight: must be [N] float32");
+    const float* const w = static_cast<const float*>(weight->const_data_ptr());
+    for (int64_t n = 0; n < N; ++n) scales.push_back(w[n * weight->stride(0)]);
+  }
+  const float* const scale = weight ? scales.data() : nullptr;
+  const auto zeros = [&](int64_t count, int64_t columns) {
+    Tensor t = empty_strided({count, C, columns}, {C * columns, columns, 1}, aoti_torch_dtype_float32());
+    std::fill_n(static_cast<float*>(t.mutable_data_ptr()), count * C * columns, 0.0f);
+    return t;
+  };
+  const int64_t columns_y = y.size(1) + 1;
+  Tensor full = zeros(13, C), lines = zeros(12, C), corners = zeros(4, C), cross = zeros(9, columns_y);
+  if (N == 0 || C == 0 || P == 0) return {full, lines, corners, cross};
+
+  RowTable z, weighted, v;
+  std::vector<RowProduct> products;
+  // Pairs of positions p and p + (dy, dx) inside the map.
+  const auto shifted = [&](int64_t dy, int64_t dx) {
+    std::vector<std::pair<int64_t, int64_t>> pairs;
+    for (int64_t h = std::max<int64_t>(0, -dy); h < H - std::max<int64_t>(0, dy); ++h)
+      for (int64_t w = std::max<int64_t>(0, -dx); w < W - std::max<int64_t>(0, dx); ++w) pairs.emplace_back(h * W + w, (h + dy) * W + w + dx);
+    return pairs;
+  };
+  const RowTable* const right = weight ? &weighted : &z;
+  const auto add = [&](Tensor& out, int64_t index, const RowTable* table, int64_t columns, std::vector<std::pair<int64_t, int64_t>> pairs) {
+    products.push_back({&z, table, false, std::move(pairs), static_cast<float*>(out.mutable_data_ptr()) + index * C * columns, columns});
+  };
+  int64_t index = 0;
+  for (int64_t dy = 0; dy <= 2; ++dy)
+    for (int64_t dx = dy == 0 ? 0 : -2; dx <= 2; ++dx) add(full, index++, right, C, shifted(dy, dx));
+  index = 0;
+  for (int64_t ty = -1; ty <= 1; ++ty)
+    for (int64_t tx = -1; tx <= 1; ++tx) {
+      auto pairs = shifted(-ty, -tx);  // (p + tap, p)
+      float* const last = static_cast<float*>(cross.mutable_data_ptr()) + index * C * columns_y + columns_y - 1;
+      products.push_back({right, right, true, pairs, last, columns_y});
+      add(cross, index++, &v, columns_y, std::move(pairs));
+    }
+  index = 0;
+  for (const bool row : {true, false})
+    for (const bool last : {true, false})
+      for (int64_t shift = 0; shift < 3; ++shift) {
+        std::vector<std::pair<int64_t, int64_t>> pairs;
+        const int64_t length = row ? W : H, fixed = last ? (row ? H : W) - 1 : 0;
+        for (int64_t i = 0; i + shift < length; ++i)
+          pairs.emplace_back(row ? fixed * W + i : i * W + fixed, row ? fixed * W + i + shift : (i + shift) * W + fixed);
+        add(lines, index++, right, C, std::move(pairs));
+      }
+  index = 0;
+  for (const int64_t h : {H - 1, static_cast<int64_t>(0)})
+    for (const int64_t w : {W - 1, static_cast<int64_t>(0)}) add(corners, index++, right, C, {{h * W + w, h * W + w}});
+
+  // Samples whose tables fit a few MiB at a time: memory stays bounded, and a table is read from the cache by all its products.
+  constexpr int64_t kTableBytes = 8 << 20;
+  const int64_t per_sample = P * 4 * (gram_stride(C) * (weight ? 2 : 1) + gram_stride(y.size(1)));
+  const int64_t step = std::max<int64_t>(1, kTableBytes / per_sample);
+  for (int64_t first = 0; first < N; first += step) {
+    const int64_t samples = std::min(step, N - first);
+    fill_rows(x, element_x, nullptr, first, samples, z);
+    if (weight) fill_rows(x, element_x, scale, first, samples, weighted);
+    fill_rows(y, element_y, scale, first, samples, v);
+    add_products(products, samples, P);
+  }
+  return {full, lines, corners, cross};
+}
+
 }  // namespace
 }  // namespace wanda_fast
 
@@ -469,4 +671,5 @@ STABLE_TORCH_LIBRARY_IMPL(wanda_fast, CPU, m) {
   m.impl("wanda_score", TORCH_BOX(&wanda_fast::wanda_score));
   m.impl("wanda_score_stats", TORCH_BOX(&wanda_fast::wanda_score_stats));
   m.impl("compact", TORCH_BOX(&wanda_fast::compact));
+  m.impl("conv_gram_sums", TORCH_BOX(&wanda_fast::conv_gram_sums));
 }

@@ -237,14 +237,16 @@ def choose_config(samples: int, channels: int, positions: int, channels_inner: b
     """Tile shape for N samples of C channels at S positions; `channels_inner` when neighbouring channels are neighbours in memory."""
     stages = 1
     if channels_inner:
-        # 64 channels are one to two full 128-byte lines; narrower where that wastes lanes or leaves multiprocessors idle. Tiles of the
-        # long walk down the positions are fetched three ahead.
+        # 64 channels are one to two full 128-byte lines; narrower where that wastes lanes or leaves multiprocessors idle. The long walk down
+        # the positions fetches small tiles four ahead: 64 x 64 on 4 warps, three ahead, reached 0.72 of copy where these reach 0.92.
         block_c = min(_power_of_2(channels), 64)
         while block_c > 32 and (channels % block_c or samples * _divide(channels, block_c) < SPLIT_BELOW):
             block_c //= 2
         block_s = min(_power_of_2(positions), max(4096 // block_c, 1))
         num_warps = 4
         stages = 3 if positions > block_s else 1
+        if block_c == 64 and stages > 1:
+            block_s, num_warps, stages = 32, 2, 4
     elif positions >= 4096:
         block_s, num_warps = 4096, 8
         block_c = 2 if samples * channels >= 2 * MIN_PROGRAMS else 1

@@ -25,6 +25,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "../stable_macros.h"
+
 namespace wanda_fast {
 namespace {
 
