@@ -28,6 +28,7 @@ from .sampling import (
     predict,
     to_float,
 )
+from .smaller_batches import halves_batches
 from .stats import BINS, ActivationStats, fingerprint, parse_target_steps
 
 MODES = ("random", "trajectory")
@@ -55,6 +56,7 @@ class Batch(NamedTuple):
     labels: Any  # a dictionary for conditioned networks, see `wanda_fast.inputs`
 
 
+@halves_batches("calibration", default=64)
 def calibrate(
     unet: nn.Module,
     scheduler: Any,
@@ -118,8 +120,7 @@ def calibrate(
     layers = collect_layers(unet)
     if not layers:
         raise UserError("the network has no Conv2d and no Linear layer.")
-    width = sum(m.in_channels if isinstance(m, nn.Conv2d) else m.in_features for m in layers.values())
-    per_sample = rows == "sample" or (rows == "auto" and n * width * 4 <= table_bytes)
+    per_sample = rows == "sample" or (rows == "auto" and table_memory(unet, n) <= table_bytes)
     count = last - first if per_sample else BINS
     timesteps = torch.zeros(count, dtype=torch.int64)
     counts = torch.zeros(count, dtype=torch.int64)
@@ -209,6 +210,12 @@ def calibrate(
         },
         sums=collector.sums,
     )
+
+
+def table_memory(unet: nn.Module, n: int) -> int:
+    """Bytes of the tables of n samples with a row for each, shared inputs not counted once but as often as they are read."""
+    width = sum(m.in_channels if isinstance(m, nn.Conv2d) else m.in_features for m in collect_layers(unet).values())
+    return n * width * 4
 
 
 def collect_layers(unet: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 SHEET_TILES = 16  # the shipped sheet is 16 × 16 images
 SHEET_SEED = 20_000_003  # none that a user is likely to sample with: the grids must show images outside the calibration
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".tga", ".jp2"}
+MOST_PIXELS = 1 << 26  # of an image that is read, 8192 x 8192
+_CIFAR_BATCH = 64 << 20  # bytes of a file of CIFAR-10, which is half of that
 _CIFAR_RECORD = 1 + 3 * 32 * 32  # a label byte, then the red, green and blue planes
 _CIFAR_HELP = (
     "put cifar-10-binary.tar.gz (https://www.cs.toronto.edu/~kriz/cifar.html, binary version), its unpacked "
@@ -68,7 +71,7 @@ def load_images(
     Raises:
         UserError: missing or empty folder, unreadable images (named), a network with other than 1 or 3 channels, n < 1.
     """
-    from . import sampling
+    from . import distributed, sampling
 
     check_source(spec, data_dir=data_dir)
     if n < 1:
@@ -80,10 +83,11 @@ def load_images(
             return images[_evenly(len(images), n)]
         if scheduler is None:
             raise ValueError("drawing the model's own samples needs its scheduler")
-        return sampling.sample(
+        return distributed.sample(
             unet,
             scheduler,
             n,
+            distributed.ranks(),
             steps=steps,
             seed=seed ^ SHEET_SEED,
             batch_size=batch_size,
@@ -162,6 +166,8 @@ def _read_image(file: Path, size: tuple[int, int], channels: int) -> np.ndarray:
     from PIL import Image, ImageOps
 
     with Image.open(file) as opened:
+        if opened.width * opened.height > MOST_PIXELS:  # a small file can declare any size
+            raise ValueError(f"{opened.width} x {opened.height} pixels")
         picture = _to_8_bit(ImageOps.exif_transpose(opened), channels)
     return fit(picture, size)
 
@@ -222,12 +228,16 @@ def _load_cifar10(folder: Path, n: int, size: tuple[int, int], channels: int) ->
             with tarfile.open(found) as archive:
                 members = [m for m in archive.getmembers() if m.isfile() and Path(m.name).match("data_batch_*.bin")]
                 for member in sorted(members, key=lambda m: m.name):
+                    if member.size > _CIFAR_BATCH:
+                        raise UserError(f"{found}:{member.name}: is no file of CIFAR-10 ({member.size} bytes).")
                     stream = archive.extractfile(member)
                     assert stream is not None  # it is a regular file
                     blobs.append((f"{found}:{member.name}", stream.read()))
         else:
             blobs = [(str(p), p.read_bytes()) for p in found]
-    except (OSError, EOFError, tarfile.TarError) as error:
+    except (OSError, EOFError, ValueError, zlib.error, tarfile.TarError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{folder}: CIFAR-10 cannot be read ({error}).") from error
     if not blobs:
         raise UserError(f"{found}: holds no data_batch_*.bin.")

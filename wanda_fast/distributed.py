@@ -20,7 +20,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import UserError
 
@@ -234,3 +234,27 @@ def merge_stats(part: ActivationStats | None, n: int, unit: int, together: Ranks
         info=head["info"],
         sums=sums,
     )
+
+
+# -------------------------------------------------------------------------------------------------------------- sampling
+
+
+def sample(unet: nn.Module, scheduler: Any, n: int, together: Ranks, **options: Any) -> Tensor:
+    """`wanda_fast.sampling.sample`, each rank drawing its share of the images; all of them on every rank.
+
+    Image i depends on (seed, i) alone, so these are the images of a single process.
+
+    Returns:
+        uint8 [n, H, W, C] on the CPU.
+    """
+    from . import sampling
+
+    if together.size == 1 or n == 0:
+        return sampling.sample(unet, scheduler, n, **options)
+    channels, height, width = sampling.image_shape(unet)
+    images = torch.zeros(n, height, width, channels, dtype=torch.uint8)
+    first, last = together.part(n)
+    for indices, drawn in sampling.draw(unet, scheduler, range(first, last), **options):
+        images[torch.tensor(list(indices))] = drawn
+    together.add([images])
+    return images

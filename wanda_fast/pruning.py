@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from . import compact as compaction
-from . import ops
+from . import distributed, ops
+from .calibrate import TABLE_LIMIT, table_memory
 from .errors import UserError
 from .importance import COMBINATIONS, CRITERIA, Context, draw_anew, get_criterion, slot_scores
 from .inner_slots import base_class
+from .memory import PeakMemory, parse_bytes
 from .plan import (
     LAYOUTS,
     NORM_POLICIES,
@@ -34,7 +36,10 @@ from .plan import (
     stock_problem,
     uniform_widths,
 )
+from .resume import Unfinished
+from .shards import calibrate_in_shards
 from .slots import SlotMap, find_slots, identity_shortcuts
+from .smaller_batches import in_smaller_batches
 
 if TYPE_CHECKING:
     from diffusers import DDPMPipeline
@@ -88,6 +93,10 @@ class PruneOptions:
         num_samples: images of the before and after grids, 0 for none.
         num_inference_steps: DDIM steps of these grids.
         backend: backend of the operations.
+        stats_memory: most memory of the activation statistics, such as "256M"; above it they keep one row per timestep bin
+            in place of one per sample.
+        resume: keep what is done in `save_path` + ".unfinished", and go on from what a killed run left there.
+        offload: keep the dense network's weights in the host's memory while the pruned one is repaired.
     """
 
     ratio: float = 0.3
@@ -121,6 +130,9 @@ class PruneOptions:
     num_samples: int = 16
     num_inference_steps: int = 50
     backend: str = "auto"
+    stats_memory: str | int | None = None
+    resume: bool = False
+    offload: bool = False
 
     def check(self) -> None:
         """Refuse what cannot work, before anything is loaded.
@@ -138,6 +150,8 @@ class PruneOptions:
             if budget is not None:
                 parse_budget(budget, 1_000_000_000, what)
         get_criterion(self.pruner)
+        if self.stats_memory is not None:
+            parse_bytes(self.stats_memory, "stats_memory")
         if not (isinstance(self.thr, (int, float)) and 0 <= self.thr < 1):
             raise UserError(f"the threshold is a share of the largest loss, 0 <= thr < 1; got {self.thr}")
         choices: list[tuple[str, str, Iterable[str]]] = [
@@ -234,10 +248,16 @@ def check_device(device: str | None) -> torch.device:
     Raises:
         UserError: no such device on this machine.
     """
+    several = distributed.ranks().size > 1
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(device)
+        if several and found.type == "cuda":
+            if found.index is not None:
+                raise UserError(f"device {device!r}: each of several processes takes the GPU of its own number; say cuda or nothing")
+            # By number: the repair's threads do not inherit the current device.
+            return torch.device("cuda", torch.cuda.current_device())
         if found.type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("no GPU that this torch can use is visible")
         torch.empty(1, device=found)
@@ -247,18 +267,23 @@ def check_device(device: str | None) -> torch.device:
 
 
 class _Stages:
-    """Wall-clock seconds per stage; on a GPU each stage ends with a synchronisation."""
+    """Wall-clock seconds and peak memory per stage; on a GPU each stage ends with a synchronisation."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds = device, {}  # type: ignore[var-annotated]
+        self.memory: dict[str, dict[str, int | None]] = {}
+        self._peak = PeakMemory(device)
 
     @contextmanager
     def __call__(self, name: str):
         start = time.perf_counter()
+        self._peak.start()
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
+        before, now = self.memory.get(name, {}), self._peak.stop()
+        self.memory[name] = {where: max(filter(None, (before.get(where), n)), default=None) for where, n in now.items()}
 
 
 def prune(
@@ -305,12 +330,18 @@ def prune(
     asked = PruneOptions(**options)
     asked.check()
     device = check_device(asked.device)
+    if asked.resume and (save_path is None or dry_run):
+        raise UserError("to resume needs a folder that is written: what is done so far is kept beside it")
     if save_path is not None and not dry_run:
         checkpoint.check_target(save_path, overwrite)
-    run = _Run(asked, device, progress, log or (lambda line: None))
+    together = distributed.ranks()
+    silent = log is None or not together.main
+    run = _Run(asked, device, progress and together.main, (lambda line: None) if silent else log)  # type: ignore[arg-type]
     backend = ops.get_backend()
     try:
         run.load(model)
+        if asked.resume:
+            run.open_unfinished(save_path)  # type: ignore[arg-type]
         if save_path is not None and not dry_run:
             checkpoint.check_target(save_path, overwrite, need_bytes=checkpoint.saved_bytes(run.unet))
         run.calibrate(analyse)
@@ -320,8 +351,13 @@ def prune(
         run.compact()
         run.repair()
         before, after = run.sample()
-        run.measure(before, after)
-        return run.finish(save_path, overwrite, analyse, before, after)
+        if together.main:
+            run.measure(before, after)
+            result = run.finish(save_path, overwrite, analyse, before, after)
+        else:
+            result = PruneResult(None, run.plan, run.stats, {}, None, run.repair_report)
+        together.wait()  # a rank that leaves early would look like one that was lost
+        return result
     finally:
         ops.set_backend(backend)  # the asked one is for this call alone
 
@@ -341,8 +377,10 @@ class _Run:
     conditioned: bool = False
     pipeline_folder: Path | None = None
     unet: Any = None
+    unfinished: Unfinished | None = None
 
     def __post_init__(self) -> None:
+        self.ranks = distributed.ranks()
         self.stages = _Stages(self.device)
         self.dtype = DTYPES[_DTYPE_NAMES[self.options.dtype or "fp32"]]
 
@@ -419,6 +457,21 @@ class _Run:
     def criterion_needs_images(self) -> bool:
         return self.options.plan is None and get_criterion(self.options.pruner).needs_images
 
+    def open_unfinished(self, save_path: str | Path) -> None:
+        """Begin to keep what is done, or go on from what is found."""
+        from .stats import fingerprint
+
+        key = {name: value for name, value in asdict(self.options).items() if name not in ("resume", "offload", "device")}
+        key |= {"model": fingerprint(self.unet), "processes": self.ranks.size, "version": _version()}
+        if self.ranks.main:
+            self.unfinished = Unfinished(save_path, key)
+        self.ranks.wait()
+        if not self.ranks.main:
+            self.unfinished = Unfinished(save_path, key, write=False)
+        assert self.unfinished is not None
+        if self.unfinished.found:
+            self.log(f"resuming: {self.unfinished.folder} holds what an earlier run has done")
+
     def _steps(self, text: str) -> tuple[int, int]:
         """Range [low, high) of timesteps on this model's schedule."""
         from . import stats
@@ -476,7 +529,7 @@ class _Run:
             return 128 if self.device.type == "cuda" else 32
         return 2048 if self.device.type == "cuda" else 256
 
-    def batches(self, n: int, seed_offset: int = 0) -> Callable[[], Iterable[Any]]:
+    def batches(self, n: int, seed_offset: int = 0, batch_size: int | None = None) -> Callable[[], Iterable[Any]]:
         """A function that yields the same (x_t, t, labels) batches each time it is called."""
         from .calibrate import noised_batches
 
@@ -486,7 +539,7 @@ class _Run:
 
         def make() -> Iterable[Any]:
             for x, t, _, labels in noised_batches(
-                self.unet, self.scheduler, images, n=n, mode=o.timesteps, target=(lo, hi), batch_size=o.batch_size,
+                self.unet, self.scheduler, images, n=n, mode=o.timesteps, target=(lo, hi), batch_size=batch_size or o.batch_size,
                 seed=o.seed + seed_offset, device=self.device, dtype=torch.float32,
             ):  # fmt: skip
                 yield x, t, labels
@@ -505,16 +558,27 @@ class _Run:
             self.log(f"activation statistics: read from {o.load_stats}, nothing is calibrated")
         elif (self.criterion.needs_stats and o.plan is None) or analyse:
             images = self.images()
-            with self.stages("calibrate"):
-                self.stats = calibrate(
+            limit = TABLE_LIMIT if o.stats_memory is None else parse_bytes(o.stats_memory, "stats_memory")
+            need = table_memory(self.unet, o.calib_steps)
+            if need > limit and o.activation_strategy != "mean":
+                raise UserError(
+                    f"the activation strategy {o.activation_strategy} needs the statistics of every sample, {need >> 20} MiB; the limit is "
+                    f"{limit >> 20} MiB: raise stats_memory, calibrate with fewer images, or take the strategy mean"
+                )
+            if need > limit:
+                self.log(f"activation statistics: {stats.BINS} timestep bins, since a row for each of {o.calib_steps} images would take "
+                         f"{need >> 20} MiB, over the limit of {limit >> 20} MiB (--stats_memory)")  # fmt: skip
+
+            def part(cut: tuple[int, int]) -> ActivationStats:
+                return calibrate(
                     self.unet, self.scheduler, images, n=o.calib_steps, mode=o.timesteps, target_steps=o.target_steps,
                     batch_size=o.batch_size, seed=o.seed, device=self.device, dtype=self.dtype,
                     backend=_backend_of("channel_sq_norm"), progress=self.progress,
-                    dataset=self._source_of_images(),
-                    # Maximum and median over the samples of a timestep need every sample's own row.
-                    rows="auto" if o.activation_strategy == "mean" else "sample",
-                    means=self.criterion.needs_means,
+                    dataset=self._source_of_images(), table_bytes=limit, means=self.criterion.needs_means, part=cut,
                 )  # fmt: skip
+
+            with self.stages("calibrate"):
+                self.stats = calibrate_in_shards(part, o.calib_steps, o.batch_size, self.ranks, self.unfinished, self.log)
         if o.plan is None:
             self.context = self._context()
             with self.stages("calibrate"):
@@ -556,8 +620,30 @@ class _Run:
             self.log(f"plan: replayed from {o.plan}")
         else:
             with self.stages("plan"):
-                self._choose_plan()
+                self._plan_once()
         self.pruned_params, self.pruned_macs = self._sizes(self.plan)
+
+    def _plan_once(self) -> None:
+        """Choose the plan, or take over the one of the main rank or of an earlier life of this run."""
+        kept = None if self.unfinished is None else self.unfinished.plan
+        known = self.ranks.share(kept is not None and kept.is_file())
+        head: dict[str, Any] | None = None
+        if self.ranks.main:
+            if known and kept is not None:
+                head = {"plan": PruningPlan.load(kept).to_dict()}
+            else:
+                self._choose_plan()
+                head = {"plan": self.plan.to_dict()}
+                if kept is not None:
+                    self.plan.save(kept)
+        if self.ranks.size > 1:
+            head = self.ranks.share(head)
+        if known or not self.ranks.main:
+            assert head is not None
+            self.plan = PruningPlan.from_dict(head["plan"])
+            twin = compaction.prepared_copy(self.unet, self.plan.identity_shortcuts)
+            self.slots = find_slots(twin)
+            self.costs = compaction.cost_model(twin, self.slots)
 
     def _sizes(self, plan: PruningPlan) -> tuple[int, int]:
         sinusoid = None
@@ -624,15 +710,20 @@ class _Run:
         from .sensitivity import damage_table, image_weight
 
         o = self.options
-        batches = self.batches(SENSITIVITY_IMAGES[self.device.type != "cpu"], seed_offset=101)
-        table = damage_table(
-            unet,
-            slots,
-            problem,
-            lambda widths: choose_channels(slots, widths, scores, o.norm_policy, o.layout),
-            batches(),
-            weight=image_weight(self.scheduler.alphas_cumprod),
-            seed=o.seed,
+        count = SENSITIVITY_IMAGES[self.device.type != "cpu"]
+        table = in_smaller_batches(
+            lambda size: damage_table(
+                unet,
+                slots,
+                problem,
+                lambda widths: choose_channels(slots, widths, scores, o.norm_policy, o.layout),
+                self.batches(count, 101, size)(),
+                weight=image_weight(self.scheduler.alphas_cumprod),
+                seed=o.seed,
+            ),
+            o.batch_size,
+            what="the sensitivity study",
+            say=self.log,
         )
         self.split_report = {unit: [float(f"{d:.3g}") for d in values] for unit, values in table.items()}
         return table
@@ -641,9 +732,12 @@ class _Run:
 
     def compact(self) -> None:
         with self.stages("compact"):
-            self.pruned = compaction.compact(self.unet, self.plan, backend=_backend_of("compact"))
-            if self.criterion.draws_anew:
-                draw_anew(self.pruned, self.options.seed)
+            self._cut()
+
+    def _cut(self) -> None:
+        self.pruned = compaction.compact(self.unet, self.plan, backend=_backend_of("compact"))
+        if self.criterion.draws_anew:
+            draw_anew(self.pruned, self.options.seed)
 
     def repair(self) -> None:
         from .repair import repair
@@ -651,31 +745,41 @@ class _Run:
         o = self.options
         if o.repair == "none" or all(len(k) == self.slots.slots[n].width for n, k in self.plan.keep.items()):
             return
-        batches = self.batches(self.repair_images)
-        with self.stages("repair"):
-            twin = compaction.prepared_copy(self.unet, self.plan.identity_shortcuts)
-            self.repair_report = repair(
+
+        def run(batch_size: int) -> Any:
+            if batch_size != o.batch_size:  # an attempt before has refitted some layers
+                self._cut()
+            return repair(
                 twin,
                 self.pruned,
                 compaction.plan_keep(self.slots, self.plan),
-                batches,
+                self.batches(self.repair_images, batch_size=batch_size),
                 method=o.repair,
                 seed=o.seed,
+                device=self.device,
                 progress=self.progress,
+                offload=o.offload,
+                state=None if self.unfinished is None else self.unfinished.repair,
             )
+
+        with self.stages("repair"):
+            twin = compaction.prepared_copy(self.unet, self.plan.identity_shortcuts)
+            if o.offload:
+                nn.Module.to(self.unet, "cpu")
+                nn.Module.to(twin, "cpu")
+            self.repair_report = in_smaller_batches(run, o.batch_size, what="the repair", say=self.log)
+            nn.Module.to(self.unet, self.device)
 
     # --------------------------------------------------------------------------------------------------- sample, measure
 
     def sample(self) -> tuple[Tensor, Tensor]:
-        from . import sampling
-
         o = self.options
         images = []
         with self.stages("sample"):
             for unet, which in ((self.unet, "before"), (self.pruned, "after")):
                 images.append(
-                    sampling.sample(
-                        unet, self.scheduler, o.num_samples, steps=o.num_inference_steps, seed=o.seed,
+                    distributed.sample(
+                        unet, self.scheduler, o.num_samples, self.ranks, steps=o.num_inference_steps, seed=o.seed,
                         batch_size=o.batch_size, device=self.device, dtype=self.dtype,
                         progress=self.progress and o.num_samples > 0, desc=f"sampling {which}",
                     )
@@ -690,8 +794,10 @@ class _Run:
             if o.num_samples > 0:
                 self.quality["ssim"] = evaluation.ssim(before, after)
                 self.quality["psnr"] = evaluation.psnr(before, after)
-            held_out = self.batches(64, seed_offset=1_000_003)
-            error = evaluation.noise_mse(self.unet, self.pruned, held_out())
+            error = in_smaller_batches(
+                lambda size: evaluation.noise_mse(self.unet, self.pruned, self.batches(64, 1_000_003, size)()),
+                o.batch_size, what="the noise error", say=self.log,
+            )  # fmt: skip
             self.quality["noise_mse"], self.quality["noise_mse_relative"] = error.mse, error.relative
             dense_s, pruned_s = evaluation.paired_forward_seconds(
                 self.unet, self.pruned, batch_size=min(o.batch_size, 16), device=self.device, dtype=self.dtype
@@ -752,6 +858,8 @@ class _Run:
             },
             "device": _device_name(self.device),
             "seconds": dict(self.stages.seconds),
+            "peak_bytes": dict(self.stages.memory),
+            "processes": self.ranks.size,
         }
         if self.criterion.notes:
             report["criterion"] = dict(self.criterion.notes)
@@ -817,6 +925,8 @@ class _Run:
                 model_card.write(folder, result.report)
                 run_config.write(folder, "prune", *self._config(analyse))
             result.path = Path(save_path)
+            if self.unfinished is not None:
+                self.unfinished.remove()
         result.report = self.report()
         if study is not None:
             result.report["analysis"] = study

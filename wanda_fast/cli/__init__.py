@@ -23,7 +23,8 @@ from wanda_fast.cli.terminal import Terminal
 from wanda_fast.errors import UserError
 
 PROGRAM = "wanda-fast"
-COMMANDS = ("prune", "sample", "evaluate", "fid", "analyze", "compare")
+DISTRIBUTED = ("prune", "sample")  # commands that several processes can share
+COMMANDS = ("prune", "sample", "finetune", "evaluate", "fid", "analyze", "compare")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,7 +70,14 @@ def _dispatch(arguments: list[str]) -> int:
     parser = Parser(f"{PROGRAM} {name}", module.EXAMPLES)
     module.add_arguments(parser)
     args = parser.parse_args(arguments[1:])
-    return module.run(args, Terminal(quiet=args.quiet, machine=args.json))
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
+        return module.run(args, Terminal(quiet=args.quiet, machine=args.json))
+    if name not in DISTRIBUTED:
+        return _fail(f"error: {name} runs in one process; start it without torchrun or accelerate launch", 2)
+    from wanda_fast.distributed import joined
+
+    with joined() as together:
+        return module.run(args, Terminal(quiet=args.quiet, machine=args.json, silent=not together.main))
 
 
 def overview() -> str:

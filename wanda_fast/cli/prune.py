@@ -130,6 +130,14 @@ def add_arguments(parser: Parser) -> None:
         help="DDIM steps of these images (default: 50)")  # fmt: skip
     group.add_argument("--backend", choices=("auto", "reference", "cpu", "triton", "cuda"), default="auto",
         help="implementation of the operations; a named one never steps down (default: auto)")  # fmt: skip
+    group.add_argument("--stats_memory", metavar="SIZE",
+        help="most memory of the activation statistics, such as 256M or 2G; above it they hold one row per timestep bin "
+        "in place of one per image (default: 256M)")  # fmt: skip
+    group.add_argument("--resume", action="store_true",
+        help="keep what is done beside the target, in <save_path>.unfinished, and go on from what a killed run left there: "
+        "repeat the same command")  # fmt: skip
+    group.add_argument("--offload", action="store_true",
+        help="keep the dense network's weights in the host's memory while the pruned network is repaired")  # fmt: skip
     group.add_argument("--json", action="store_true", help="print the report as one JSON object and nothing else")
     group.add_argument("--quiet", action="store_true", help="no progress bars and no notes, only the result")
     group.add_argument("-h", "--help", action=_Help, help="show this text")
@@ -169,6 +177,8 @@ def run(args: argparse.Namespace, out: Terminal) -> int:
         log=out.note,
         **options,
     )
+    if out.silent:  # of several processes one has the result
+        return 0
     if analysis is not None:
         _save_analysis(result, analysis)
     out.json({**result.report, "path": None if result.path is None else str(result.path)})

@@ -58,9 +58,10 @@ def run(args: argparse.Namespace, out: Terminal) -> int:
 
     import torch
 
-    from wanda_fast import checkpoint, run_config, sample_folder, sampling
+    from wanda_fast import checkpoint, distributed, run_config, sample_folder, sampling
     from wanda_fast.pruning import _DTYPE_NAMES, DTYPES, check_device
 
+    together = distributed.ranks()
     device = check_device(args.device)
     name = _DTYPE_NAMES[args.dtype or "fp32"]
     dtype = DTYPES[name]
@@ -82,21 +83,39 @@ def run(args: argparse.Namespace, out: Terminal) -> int:
     out.note(f"model: {loaded.name} ({loaded.source}, layout {loaded.layout}); {args.sampler}, {args.num_inference_steps} steps; "
              f"{device}, {name}{', compiled' if args.compile else ''}")  # fmt: skip
     options = {"model": None if args.model is None else str(args.model), **{k: v for k, v in vars(args).items() if k != "model"}}
+    kept = 0
     if grid is not None:
+        if together.size > 1:
+            raise UserError("one picture is drawn by one process: several draw a folder (--save_path)")
         result = _grid(args, grid, unet, scheduler, dtype, how, out)
     else:
         target = Path(args.save_path or "run/" + re.sub(r"[^\w.+-]", "_", loaded.name) + "-samples")
         wanted = sample_folder.settings(unet, scheduler, **how, dtype=name, device=device.type, compiled=args.compile)
-        folder, missing = sample_folder.open_folder(target, wanted, args.num_samples)
+        if together.main:
+            folder, missing = sample_folder.open_folder(target, wanted, args.num_samples)
+        together.wait()
+        if not together.main:
+            folder, missing = sample_folder.open_folder(target, wanted, args.num_samples)
+        together.wait()  # all have looked before the first image comes
         kept = args.num_samples - len(missing)
         if kept:
             out.note(f"{target}: {kept} of {args.num_samples} images are there, {len(missing)} are to be drawn")
-        sample_folder._write(folder / run_config.NAME, run_config.text("sample", options).encode())
+        if together.main:
+            sample_folder._write(folder / run_config.NAME, run_config.text("sample", options).encode())
+        first, last = together.part(len(missing), sampling.CPU_PASS)
+        missing = missing[first:last]
         result = sample_folder.fill(
             folder, missing, unet, scheduler, **how, batch_size=args.batch_size, dtype=dtype, even=args.compile,
             progress=out.progress, note=out.note, kept=kept,
         )  # fmt: skip
-    _report(args, out, result, grid or target, str(device), name)
+    together.wait()
+    if together.size > 1:  # the slowest rank's time, all ranks' images
+        figures = torch.zeros(together.size, 2, dtype=torch.float64)
+        figures[together.rank] = torch.tensor([float(result.drawn), result.seconds])
+        together.add([figures])
+        result = sample_folder.Drawn(int(figures[:, 0].sum()), kept, float(figures[:, 1].max()), None)
+    if not out.silent:
+        _report(args, out, result, grid or target, str(device), name)
     return 0
 
 

@@ -18,10 +18,11 @@ class Terminal:
     Args:
         quiet: no notes and no progress bars.
         machine: standard output holds one JSON object and nothing else; notes go to standard error.
+        silent: print nothing at all: of several processes one speaks.
     """
 
-    def __init__(self, *, quiet: bool = False, machine: bool = False) -> None:
-        self.quiet, self.machine = quiet, machine
+    def __init__(self, *, quiet: bool = False, machine: bool = False, silent: bool = False) -> None:
+        self.quiet, self.machine, self.silent = quiet or silent, machine, silent
 
     @property
     def progress(self) -> bool:
@@ -44,6 +45,8 @@ class Terminal:
             self._write(sys.stdout, json.dumps(finite(value), indent=1, allow_nan=False))
 
     def _write(self, stream: TextIO, text: str) -> None:
+        if self.silent:
+            return
         try:
             print(text, file=stream, flush=True)
         except BrokenPipeError:
