@@ -34,7 +34,7 @@ from .inputs import forward, select, to_device
 from .least_squares import Sums, solve_ridge
 from .lockstep import Event, Hooked, Walk, peak_bytes
 from .plan import PruningPlan
-from .repair import HELD_OUT, Batch, LayerRepair, RepairReport
+from .repair import HELD_OUT, Batch, LayerRepair, RepairReport, _full_precision
 from .slots import SlotMap, find_slots, follow_attributes
 
 _HELD_ROWS = 4096  # rows of held-out images that judge a layer's fit
@@ -81,7 +81,7 @@ def prune_in_place(
     readers = {slots.slots[n].consumers[0][0]: n for n in cut}
     streams = {reader: _stream(model, reader) for reader in readers}
     watched = {*readers, *(event[0] for event, _ in filter(None, streams.values()))}
-    with Hooked(model, watched) as hooked, torch.no_grad():
+    with Hooked(model, watched) as hooked, torch.no_grad(), _full_precision():
         walks: list[tuple[Walk, Walk]] = []
         try:
             images = 0
