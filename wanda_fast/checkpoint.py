@@ -48,6 +48,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 NETWORKS = ("UNet2DModel", *INNER_CLASSES)  # each also with "Pruned" before it: the free layout
 PARTS = ("unet", "transformer")  # names of the network in a pipeline
 
+MOST_TIMESTEPS = 100_000  # of a noise schedule; a damaged file must not ask for terabytes
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # What `from_pretrained` needs and nothing else: no pickles, no images, no other weight formats.
@@ -114,11 +115,20 @@ def load_pipeline(
     scheduler = _load_scheduler(scheduler_file)
     base = class_name.removeprefix("Pruned")
     free = class_name != base
-    if free:
-        unet, config = _build_free(raw, config_file, base)
-    else:
-        config = {k: v for k, v in raw.items() if not k.startswith("_")}
-        unet = _build_stock(config, config_file, base)
+    shapes = _weight_shapes(files)
+    _check_counts(raw, config_file, len(shapes))
+    # First on the meta device: a config that asks for other shapes than the file holds takes no memory.
+    for target in ("meta", "cpu"):
+        if free:
+            unet, config = _build_free(raw, config_file, base, target)
+        else:
+            config = {k: v for k, v in raw.items() if not k.startswith("_")}
+            unet = _build_stock(config, config_file, base, target)
+        if target == "meta":
+            _check_shapes(unet, shapes, unet_dir)
+            if _is_all_in_the_file(unet):
+                unet.to_empty(device="cpu")
+                break
     _fill(unet, _read_weights(files), unet_dir)
     nn.Module.to(
         unet, device=device, dtype=dtype
@@ -263,6 +273,8 @@ def _weight_files(unet_dir: Path) -> list[Path]:
         names = _read_json(index_file).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise UserError(f"{index_file}: has no weight_map.")
+        if not all(isinstance(n, str) for n in names.values()):
+            raise UserError(f"{index_file}: its weight_map names no files.")
         files = [unet_dir / str(n) for n in sorted(set(names.values()))]
         for file in files:
             if file.parent != unet_dir or not file.is_file():
@@ -284,7 +296,7 @@ def _weight_files(unet_dir: Path) -> list[Path]:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: bad text or JSON, or a number of thousands of digits
         raise UserError(f"{file}: cannot be read as JSON ({error}).") from error
     if not isinstance(value, dict):
         raise UserError(f"{file}: is not a JSON object.")
@@ -330,9 +342,9 @@ def _empty_unet(config: Mapping[str, Any], device: str, base: str = "UNet2DModel
     return compact.new_unet(config, device, base)
 
 
-def _build_stock(config: Mapping[str, Any], config_file: Path, base: str) -> nn.Module:
+def _build_stock(config: Mapping[str, Any], config_file: Path, base: str, device: str) -> nn.Module:
     try:
-        return _empty_unet(config, "cpu", base)
+        return _empty_unet(config, device, base)
     except Exception as error:  # any constructor error means that this config describes no network
         raise UserError(f"{config_file}: {_no_network(base, error)}") from error
 
@@ -342,20 +354,20 @@ def _no_network(class_name: str, error: Exception) -> str:
     return f"no {class_name} can be built from it ({type(error).__name__}: {reason[0] if reason else ''})."
 
 
-def _build_free(raw: Mapping[str, Any], config_file: Path, base: str) -> tuple[nn.Module, dict[str, Any]]:
+def _build_free(raw: Mapping[str, Any], config_file: Path, base: str, device: str) -> tuple[nn.Module, dict[str, Any]]:
     config = {k: v for k, v in raw.items() if not k.startswith("_") and k != "pruning"}
     record = raw.get("pruning")
     if not isinstance(record, dict):
         raise UserError(f"{config_file}: a Pruned{base} needs the entry pruning.")
     try:
-        return _empty_unet({**config, "pruning": record}, "cpu", base), config
+        return _empty_unet({**config, "pruning": record}, device, base), config
     except UserError as error:
         raise UserError(f"{config_file}: {error}") from error
     except Exception as error:  # the config describes no network
         raise UserError(f"{config_file}: {_no_network(f'Pruned{base}', error)}") from error
 
 
-def _modern_names(weights: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
+def _modern_names(weights: dict[str, Any], wanted: set[str]) -> dict[str, Any]:
     """Rename the attention weights of old checkpoints (query → to_q, …) where the new name is one that the network
     has.
     """
@@ -369,10 +381,55 @@ def _modern_names(weights: dict[str, Tensor], wanted: set[str]) -> dict[str, Ten
     return renamed
 
 
-def _fill(unet: nn.Module, weights: dict[str, Tensor], where: Path) -> None:
-    """Strict `load_state_dict` that names the first bad tensor in a sentence."""
+def _weight_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in safetensors files, from their headers alone."""
+    from safetensors import SafetensorError, safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as weights:
+                shapes.update({n: tuple(weights.get_slice(n).get_shape()) for n in weights.keys()})
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{file}: truncated or not a safetensors file ({error}).") from error
+    return shapes
+
+
+# Entries of a config that repeat layers, and those that size a table which is worked out while the network is built.
+_COUNTS = ("layers_per_block", "num_layers", "transformer_layers_per_block", "reverse_transformer_layers_per_block")
+_SIDES = ("sample_size", "patch_size", "interpolation_scale")
+
+
+def _check_counts(config: Mapping[str, Any], config_file: Path, tensors: int) -> None:
+    """Refuse, before a network is built even on the meta device, numbers that building it would take hours or all memory for."""
+
+    def numbers(value: Any, depth: int = 0) -> Iterator[float]:
+        if isinstance(value, (list, tuple)) and depth < 4:
+            for part in value:
+                yield from numbers(part, depth + 1)
+        elif isinstance(value, (int, float)):
+            yield abs(value)
+
+    for keys, most in ((_COUNTS, tensors), (_SIDES, 8192)):
+        for key in keys:
+            if any(not n <= most for n in numbers(config.get(key))):
+                raise UserError(f"{config_file}: {key} is {str(config[key])[:60]}, which fits no network of {tensors} tensors.")
+    for key in ("block_out_channels", "down_block_types", "up_block_types"):
+        if isinstance(config.get(key), (list, str)) and len(config[key]) > max(tensors, 64):
+            raise UserError(f"{config_file}: {key} has {len(config[key])} entries, which fits no network of {tensors} tensors.")
+
+
+def _is_all_in_the_file(unet: nn.Module) -> bool:
+    """Whether a network without values needs its state dict alone: nothing that its constructor works out is left over."""
+    named = set(unet.state_dict())
+    stored = all(name in named for name, _ in [*unet.named_parameters(), *unet.named_buffers()])
+    return stored and not any(isinstance(v, Tensor) for module in unet.modules() for v in vars(module).values())
+
+
+def _check_shapes(unet: nn.Module, shapes: dict[str, tuple[int, ...]], where: Path) -> None:
+    """Name the first tensor that is missing, too many, or of another shape."""
     own = unet.state_dict()
-    weights = _modern_names(weights, set(own))
+    weights = _modern_names(shapes, set(own))
     missing = [n for n in own if n not in weights]
     if missing:
         raise UserError(f"{where}: {len(missing)} of {len(own)} tensors are missing, the first is {missing[0]}.")
@@ -382,11 +439,19 @@ def _fill(unet: nn.Module, weights: dict[str, Tensor], where: Path) -> None:
             f"{where}: {len(unexpected)} tensors do not belong to this network, the first is {unexpected[0]}."
         )
     for name, tensor in own.items():
-        if weights[name].shape != tensor.shape:
-            raise UserError(
-                f"{where}: {name} has shape {list(weights[name].shape)}, the config asks for {list(tensor.shape)}."
-            )
-        if weights[name].is_floating_point() and not bool(torch.isfinite(weights[name]).all()):
+        if weights[name] != tuple(tensor.shape):
+            raise UserError(f"{where}: {name} has shape {list(weights[name])}, the config asks for {list(tensor.shape)}.")
+
+
+def _fill(unet: nn.Module, weights: dict[str, Tensor], where: Path) -> None:
+    """Strict `load_state_dict` after :func:`_check_shapes`, which names the first tensor with bad values."""
+    own = unet.state_dict()
+    weights = _modern_names(weights, set(own))
+    for name, tensor in own.items():
+        value = weights[name]
+        if tensor.is_floating_point() != value.is_floating_point() or value.is_complex():
+            raise UserError(f"{where}: {name} is of type {str(value.dtype)[6:]}, the network's is {str(tensor.dtype)[6:]}.")
+        if value.is_floating_point() and not bool(torch.isfinite(value.float() if value.itemsize == 1 else value).all()):
             raise UserError(f"{where}: {name} holds NaN or Inf.")
     unet.load_state_dict(weights, strict=True)
 
@@ -398,15 +463,24 @@ def _load_scheduler(file: Path | None) -> Any:
         return diffusers.DDPMScheduler()
     config = _read_json(file)
     name = str(config.get("_class_name", "DDPMScheduler"))
-    cls = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
-    if cls is None:
-        raise UserError(f"{file}: unknown scheduler class {name}.")
+    try:
+        cls = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    except Exception:  # a class whose own dependencies are missing
+        cls = None
+    if cls is None or not hasattr(cls, "from_config"):
+        raise UserError(f"{file}: unknown scheduler class {name[:80]}.")
+    steps = config.get("num_train_timesteps", 1000)
+    if not isinstance(steps, int) or not 1 <= steps <= MOST_TIMESTEPS:
+        raise UserError(f"{file}: num_train_timesteps must be a whole number from 1 to {MOST_TIMESTEPS}, not {str(steps)[:60]}.")
     try:
         scheduler = cls.from_config({k: v for k, v in config.items() if k != "_name_or_path"})
     except Exception as error:  # as for the network: the config describes no scheduler
         raise UserError(f"{file}: {name} cannot be built from it ({type(error).__name__}: {error}).") from error
     if not isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
         raise UserError(f"{file}: {name} has no alphas_cumprod; only schedulers of the DDPM family are supported.")
+    alphas = scheduler.alphas_cumprod
+    if alphas.shape != (steps,) or not bool(((alphas >= 0) & (alphas <= 1)).all()):
+        raise UserError(f"{file}: its betas make no noise schedule.")
     return scheduler
 
 

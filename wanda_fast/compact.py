@@ -61,7 +61,10 @@ def prepared_copy(unet: UNet2DModel, identity_shortcuts: list[str]) -> UNet2DMod
             raise UserError(f"the plan does not fit this network: {type(unet).__name__} takes no identity shortcuts")
         return unet
     twin = copy.deepcopy(unet)
+    modules = dict(twin.named_modules())
     for name in identity_shortcuts:
+        if not hasattr(modules.get(name), "conv_shortcut"):
+            raise UserError(f"the plan does not fit this network: there is no resnet {name[:80]}")
         insert_identity_shortcut(twin, name)
     return twin
 

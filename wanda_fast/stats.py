@@ -379,6 +379,29 @@ class ActivationStats:
                 aliases[name] = twin
         return [n for n in self.tables if n not in aliases], aliases
 
+    def _check_values(self) -> None:
+        """Refuse what no calibration writes: a damaged file must not decide what is removed."""
+
+        def check(right: bool, what: str) -> None:
+            if not right:
+                raise UserError(f"damaged activation statistics: {what}.")
+
+        rows = len(self.timesteps)
+        check(1 <= self.num_train_timesteps <= 100_000, "the length of the noise schedule")
+        for name, values in (("timesteps", self.timesteps), ("counts", self.counts), ("samples", self.samples)):
+            check(values.dtype == torch.int64 and values.shape == (rows,), f"the shape of {name}")
+        t = self.timesteps
+        check(bool(((t >= 0) & (t < self.num_train_timesteps)).all()), "timesteps outside the schedule")
+        check(bool(((self.counts >= 1) & (self.counts <= 2**40)).all()), "the numbers of samples")
+        check(set(self.positions) >= set(self.tables), "positions are missing")
+        for name, table in self.tables.items():
+            check(1 <= self.positions[name] <= 2**40, f"the positions of {name}")
+            check(table.dtype == torch.float32 and table.ndim == 2 and table.shape[1] > 0, f"the table of {name}")
+            check(bool(((table >= 0) & torch.isfinite(table)).all()), f"values in the table of {name}")
+        for name, total in self.sums.items():
+            fits = name in self.tables and total.shape == self.tables[name].shape[1:] and total.is_floating_point()
+            check(fits and bool(torch.isfinite(total).all()), f"the sums of {name}")
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ActivationStats:
         """Read a file that :meth:`save` wrote.
@@ -398,7 +421,7 @@ class ActivationStats:
                 header = json.loads(metadata["header"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
             aliases = header["aliases"]
-            return cls(
+            found = cls(
                 tables={n: tensors[f"sq/{aliases.get(n, n)}"] for n in header["layers"]},
                 positions={n: int(p) for n, p in header["positions"].items()},
                 timesteps=tensors["timesteps"],
@@ -409,9 +432,12 @@ class ActivationStats:
                 info=dict(header["info"]),
                 sums={n[4:]: t for n, t in tensors.items() if n.startswith("sum/")},
             )
-        except UserError:
-            raise
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            found._check_values()
+            return found
+        except UserError as error:
+            raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError,
+                RuntimeError) as error:  # fmt: skip
             raise UserError(f"{path}: damaged activation statistics ({type(error).__name__}: {error}).") from error
 
 
