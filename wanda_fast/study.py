@@ -31,6 +31,7 @@ from .importance import Context, get_criterion, slot_scores
 from .plan import select
 from .sampling import channels_last, place, predict
 from .slots import find_slots
+from .smaller_batches import in_smaller_batches
 from .stats import ActivationStats
 
 FORMAT = "wanda_fast.analysis/1"
@@ -95,10 +96,15 @@ def study(
         for half in halves
     ]  # fmt: skip
     stats = parts[0].merge(parts[1])
-    shapes = _Shapes(unet, stats, device)
     total = int(scheduler.config.num_train_timesteps)
-    for half in halves:
-        shapes.run(unet, _inputs(unet, scheduler, half, mode, (0, total), batch_size, device, dtype), dtype, half.n, progress)
+
+    def second_run(size: int) -> _Shapes:
+        made = _Shapes(unet, stats, device)
+        for half in halves:
+            made.run(unet, _inputs(unet, scheduler, half, mode, (0, total), size, device, dtype), dtype, half.n, progress)
+        return made
+
+    shapes = in_smaller_batches(second_run, batch_size, what="the study")
     edges, bands = heat_map(stats)
     scores = _scores(unet, stats, seed)
     report: dict[str, Any] = {

@@ -1,0 +1,59 @@
+"""Too little memory on the device: the same work again in smaller batches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+_log = logging.getLogger("wanda_fast")
+
+
+def in_smaller_batches(run: Callable[[int], T], batch_size: int, *, what: str, say: Callable[[str], None] | None = None) -> T:
+    """run(batch_size); where the device runs out of memory, again with half the batch size, down to 1.
+
+    Args:
+        run: starts from the beginning each time it is called, and gives the same result for every batch size (all work of
+            this package depends on the seed and the sample alone).
+        what: of the work, for the message.
+        say: called with the message; None logs a warning.
+
+    Raises:
+        torch.OutOfMemoryError: a single sample is too much.
+    """
+    while True:
+        try:
+            return run(batch_size)
+        except torch.OutOfMemoryError:
+            if batch_size <= 1:
+                raise
+        # Outside the except block, whose traceback holds on to the tensors.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        batch_size = -(-batch_size // 2)
+        (say or _log.warning)(f"too little memory: {what} goes on with batches of {batch_size}")
+
+
+def halves_batches(what: str, default: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorator for a function with the keyword `batch_size`: :func:`in_smaller_batches` around each call.
+
+    Args:
+        default: the function's own default batch size.
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            asked = kwargs.get("batch_size", default)
+            start = asked if isinstance(asked, int) else default
+            return in_smaller_batches(lambda size: function(*args, **{**kwargs, "batch_size": size}), start, what=what)  # type: ignore[arg-type]
+
+        return call
+
+    return decorate
