@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -103,6 +104,35 @@ def test_complete_and_greedy_search_agree_where_both_are_possible() -> None:
 
     uniform = uniform_widths(problem, target)
     assert harm(complete) <= harm(uniform)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.4, 0.6])
+def test_complete_search_is_that_of_all_assignments(share: float) -> None:
+    """Against a plain loop; the levels' widths must differ and the sinusoid follows level 0."""
+    problem = problem_of(CIFAR32, "stock", "free", shortcuts=True, align=64)
+    damage = {u: [d * (1 + n) for d in row] for n, (u, row) in enumerate(quadratic_damage(problem).items())}
+    budget = int(share * problem.sizes({})[1])
+    best = None
+    for combination in itertools.product(*(range(len(o)) for o in problem.options.values())):
+        choice = dict(zip(problem.options, combination, strict=True))
+        widths = problem.widths(choice)
+        macs = problem.sizes(widths)[1]
+        if macs <= budget and problem.legal(widths):
+            rank = (sum(damage[u][i] for u, i in choice.items()), -macs)
+            best = min(best, rank) if best else rank
+    assert best is not None
+    found = sensitive_widths(problem, Target(macs=budget), damage, floor=0.0)
+    index = {u: next(i for i, o in enumerate(rows) if o.items() <= found.items()) for u, rows in problem.options.items()}
+    assert sum(damage[u][i] for u, i in index.items()) == pytest.approx(best[0])
+    assert problem.sizes(found)[1] == -best[1] and problem.legal(found)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.4, 0.56])
+def test_stock_widths_are_legal_at_every_budget(share: float) -> None:
+    """A fine grid: many levels would like to have equal widths, which stock diffusers cannot express."""
+    problem = problem_of(CIFAR32, "stock", "free", shortcuts=True, align=16)
+    widths = sensitive_widths(problem, Target(macs=int(share * problem.sizes({})[1])), quadratic_damage(problem))
+    assert problem.legal(widths) and problem.sizes(widths)[1] > 0.97 * share * problem.sizes({})[1]
 
 
 def test_sensitive_units_keep_their_width() -> None:

@@ -18,10 +18,9 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import itertools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ LAYOUTS = ("stock", "free")
 NORM_POLICIES = ("balanced", "free", "groups")
 SPLITS = ("uniform", "sensitivity")
 PLAN_FORMAT = "wanda_fast.plan/1"
+_COMPLETE = 2_000_000  # assignments up to which the widths of least damage are searched completely
 
 
 @dataclass
@@ -428,17 +428,11 @@ def _least_damage(
         return channels + max(0.0, macs / dense_macs - (1 - target.ratio))
 
     units = list(problem.options)
-    if math.prod(len(problem.options[u]) for u in units) <= 20_000:
-        best: tuple[float, int, dict[str, int]] | None = None
-        for combination in itertools.product(*(range(len(problem.options[u])) for u in units)):
-            harm = sum(damage[u][i] for u, i in zip(units, combination))
-            if best is not None and harm > best[0]:
-                continue
-            widths = problem.widths(dict(zip(units, combination)))
-            rank = (harm, -problem.sizes(widths)[1])
-            if (best is None or rank < best[:2]) and excess(widths) == 0 and problem.legal(widths):
-                best = (*rank, widths)
-        return None if best is None else best[2]
+    if math.prod(len(problem.options[u]) for u in units) <= _COMPLETE:
+        for widths in _ranked(problem, damage, lambda params, macs, gone: _fits(target, params, macs, gone, dense_macs)):
+            if excess(widths) == 0 and problem.legal(widths):
+                return widths
+        return None
 
     # A step to a smaller width of a unit is scored by its damage per unit of excess that it takes away. Steps of other
     # units change what a step saves only slowly, so a step is scored again only when it comes to the top.
@@ -477,6 +471,62 @@ def _least_damage(
                 choice[u] = index
                 break
     return problem.widths(choice)
+
+
+def _fits(target: Target, params: Tensor, macs: Tensor, gone: Tensor, dense_macs: int) -> Tensor:
+    """Which assignments may meet a target, by sizes that carry rounding: bool, a little too generous."""
+    if target.ratio is not None:
+        return (gone >= target.ratio - 1e-6) & (macs <= (1 - target.ratio) * dense_macs * (1 + 1e-6))
+    return macs <= target.macs * (1 + 1e-6) if target.macs is not None else params <= (target.params or 1) * (1 + 1e-6)
+
+
+def _ranked(
+    problem: WidthProblem, damage: Mapping[str, list[float]], fits: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Iterator[dict[str, int]]:
+    """All assignments that fit, by ascending damage, then descending MACs.
+
+    Sizes are polynomials of second degree in the units' widths (a layer costs inputs times outputs), so a few of them give
+    all: f(x) = c + Σ b_u x_u + Σ q_uv x_u x_v with x_u the share of unit u that is kept.
+    """
+    units = list(problem.options)
+    whole = {u: problem.options[u][-1] for u in units}
+
+    def sizes(shares: Mapping[str, float]) -> Tensor:
+        widths = {slot: n * shares.get(u, 0) for u in units for slot, n in whole[u].items()}
+        return torch.tensor(problem.sizes(widths), dtype=torch.float64)  # type: ignore[arg-type]
+
+    shares, harms, kept = [], [], []
+    shape = [len(problem.options[u]) for u in units]
+    for i, u in enumerate(units):
+        view = [-1 if j == i else 1 for j in range(len(units))]
+        counts = torch.tensor([sum(o.values()) for o in problem.options[u]], dtype=torch.float64)
+        shares.append((counts / sum(whole[u].values())).view(view))
+        kept.append(counts.view(view))
+        harms.append(torch.tensor(damage[u], dtype=torch.float64).view(view))
+    constant = sizes({})
+    totals = [torch.full(shape, float(c), dtype=torch.float64) for c in constant]  # parameters, MACs
+    single = {u: sizes({u: 1}) - constant for u in units}
+    for i, u in enumerate(units):
+        square = (sizes({u: 2}) - constant - 2 * single[u]) / 2
+        for total, one, two in zip(totals, single[u], square, strict=True):
+            total += (one - two) * shares[i] + two * shares[i].square()
+        for j in range(i):
+            cross = sizes({u: 1, units[j]: 1}) - constant - single[u] - single[units[j]]
+            for total, c in zip(totals, cross, strict=True):
+                total += c * shares[i] * shares[j]
+    zero = torch.zeros(shape, dtype=torch.float64)
+    outside = problem.channels - sum(sum(o.values()) for o in whole.values())
+    gone = 1 - (sum(kept, zero) + outside) / problem.channels
+    candidates = fits(totals[0], totals[1], gone).flatten().nonzero().flatten()
+    harm = sum(harms, zero).flatten()[candidates]
+    macs = totals[1].flatten()[candidates]
+    order = torch.sort(-macs, stable=True).indices
+    order = order[torch.sort(harm[order], stable=True).indices]
+    for index in candidates[order].tolist():
+        choice = {}
+        for u, n in zip(reversed(units), reversed(shape), strict=True):
+            index, choice[u] = divmod(index, n)
+        yield problem.widths(choice)
 
 
 def stock_problem(
