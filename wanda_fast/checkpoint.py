@@ -172,7 +172,7 @@ def load_pruned(
             return loaded.unet
         from diffusers import DiffusionPipeline
 
-        return DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
+        return DiffusionPipeline.from_pretrained(folder).to(device, dtype)
     return DDPMPipeline(unet=loaded.unet, scheduler=loaded.scheduler)
 
 

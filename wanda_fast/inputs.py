@@ -157,10 +157,15 @@ class Prompts:
             ends |= {"prompt_embeds": (None, spec.tokens[1]), "prompt_attention_mask": (None,)}
         if spec.pooled is not None:
             ends["pooled_prompt_embeds"] = (spec.pooled,)
-        for name, tensor in self.tensors.items():
-            end = ends.get(name.removeprefix("negative_"))
-            if end is None:
+        if spec.classes is None:
+            del ends["class_labels"]
+        if spec.pooled is None:
+            del ends["time_ids"]
+        for name in self.tensors:
+            if name.removeprefix("negative_") not in ends:
                 raise UserError(f"{where}: {name} is nothing that this {base_class(model)} takes")
+        for name, tensor in self.tensors.items():
+            end = ends[name.removeprefix("negative_")]
             fits = tensor.dim() == len(end) + 1 and all(b in (None, a) for a, b in zip(tensor.shape[1:], end))
             if not fits:
                 shown = ", ".join(str(n or "any") for n in ("any", *end))
@@ -178,9 +183,12 @@ class Prompts:
 
     def describe(self) -> str:
         """One phrase for the report."""
-        kind = f"{len(next(iter(self.tensors.values())))} from {self.name}" if self.tensors else "random"
-        pairs = "" if self.guidance is None else f", in pairs for guidance {self.guidance:g}"
-        return f"{kind} conditioning{pairs}"
+        parts = []
+        for name, what in (("prompt_embeds", "prompts"), ("class_labels", "labels"), ("latents", "latents")):
+            if name in self.tensors:
+                parts.append(f"{len(self.tensors[name])} {what}")
+        kind = f"{', '.join(parts) or 'conditioning'} from {self.name}" if self.tensors else "random conditioning"
+        return kind + ("" if self.guidance is None else f", in pairs for guidance {self.guidance:g}")
 
     def pick(
         self, spec: InputSpec, indices: Sequence[int], guided: Sequence[bool], seed: int, device: torch.device | str
