@@ -42,6 +42,23 @@ using NormFn = void (*)(const float* sq, int64_t sq_stride, const float* row_wei
 using ToFloatFn = void (*)(const void* src, float* dst, int64_t count);
 using FromFloatFn = void (*)(const float* src, void* dst, int64_t count);
 
+// c[i * c_stride + j] += sum_m a[a_rows[m] + i] * b[b_rows[m] + j] for i_begin <= i < i_end and all j < columns, fp32. Rows are padded: reading
+// up to kGramPad floats past i_end and `columns` is allowed, and c has as much room (what lands there means nothing).
+struct GramArgs {
+  const float* a;
+  const float* b;
+  const int64_t* a_rows;
+  const int64_t* b_rows;
+  int64_t count;  // pairs of rows, at most kGramRows
+  int64_t i_begin, i_end, columns;
+  float* c;
+  int64_t c_stride;
+};
+using GramFn = void (*)(const GramArgs& args);
+constexpr int64_t kGramRows = 128;
+constexpr int64_t kGramPad = 64;
+constexpr int64_t kGramTile = 12;  // i_begin must be a multiple of it
+
 struct CpuKernels {
   const char* name;
   SqNormFn sq_norm[kElements];
@@ -49,6 +66,7 @@ struct CpuKernels {
   NormFn norm;
   ToFloatFn to_float[kElements];
   FromFloatFn from_float[kElements];
+  GramFn gram;
 };
 
 // Null where the compiler or the processor has no such instructions.

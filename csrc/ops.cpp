@@ -482,7 +482,7 @@ void fill_rows(const Tensor& x, Element element, const float* weight, int64_t fi
   table.columns = C;
   table.stride = gram_stride(table.columns);
   table.data.assign(count * P * table.stride + 2 * kGramPad, 0.0f);
-  torch::stable::parallel_for(0, count * H, std::max<int64_t>(1, kGrain / (W * C)), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, count * H, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, W * C)), [&](int64_t begin, int64_t end) {
     constexpr int64_t kBlock = 64;
     float block[kBlock];
     for (int64_t line = begin; line < end; ++line) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -13,6 +14,18 @@ from wanda_fast import conv_gram as module
 from wanda_fast import ops, reference
 
 OP = "conv_gram"
+
+
+
+@pytest.fixture(autouse=True)
+def small_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the Triton home leaves small convolutions to cuBLAS; here they are to go through its kernels."""
+    if importlib.util.find_spec("triton") is not None:
+        from wanda_fast.kernels import conv_gram as kernels
+
+        monkeypatch.setattr(kernels, "LEAST_WORK", 0)
+        monkeypatch.setattr(kernels, "LEAST_WORK_1X1", 0)
+
 
 # name -> (N, C, H, W, C_out, kernel, stride, padding)
 CASES: dict[str, tuple[Any, ...]] = {
@@ -188,3 +201,79 @@ def test_an_unavailable_backend_is_refused() -> None:
     x, y, geometry = tensors(CASES["1x1"])
     with pytest.raises(RuntimeError, match="conv_gram"):
         ops.conv_gram(x, y, *geometry, backend="cuda")
+
+
+# ------------------------------------------------------------------------------------------- sums of a 3 x 3 convolution in C++
+
+needs_extension = pytest.mark.skipif(bool(ops.available_backends()["cpu"]), reason="the compiled extension is missing")
+SUMS = [c for n, c in {**CASES, **EMPTY}.items() if n.startswith("3x3-pad1") or n in ("no_samples", "no_outputs")]
+SUMS += [(9, 64, 5, 7, 33, (3, 3), (1, 1), (1, 1)), (2, 25, 16, 16, 12, (3, 3), (1, 1), (1, 1)), (1, 9, 40, 40, 2, (3, 3), (1, 1), (1, 1))]
+
+
+def close(got: Any, exact: Any) -> None:
+    for value, want in zip(got, exact, strict=True):
+        assert value.dtype == torch.float32 and value.shape == want.shape
+        scale = float(want.abs().max()) if want.numel() else 0.0
+        torch.testing.assert_close(value.double(), want.double(), rtol=0, atol=2e-6 * scale + 1e-30)
+
+
+@needs_extension
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("case", SUMS, ids=lambda c: "x".join(map(str, c[:5])))
+def test_sums_in_cpp(case: tuple[Any, ...], weighted: bool) -> None:
+    x, y, _ = tensors(case)
+    weight = torch.rand(2 * len(x))[::2] if weighted else None
+    exact = module.shift_sums(x.double(), y.double(), weight)
+    close(torch.ops.wanda_fast.conv_gram_sums(x, y, weight), exact)
+    if x.numel():
+        again = [torch.ops.wanda_fast.conv_gram_sums(x, y, weight) for _ in range(2)]
+        assert all(torch.equal(a, b) for a, b in zip(*again, strict=True))
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_sums_in_cpp_of_any_layout_and_dtype(dtype: torch.dtype) -> None:
+    wide_x, wide_y = torch.randn(6, 20, 9, 22).to(dtype), torch.randn(3, 8, 9, 11).to(dtype)
+    x, y = wide_x[::2, 1:18, :, ::2], wide_y
+    layouts = [(x, y), (x.contiguous(), y), (x.contiguous(memory_format=torch.channels_last), y.transpose(2, 3).contiguous().transpose(2, 3))]
+    for one, other in layouts:
+        close(torch.ops.wanda_fast.conv_gram_sums(one, other, None), module.shift_sums(x.double(), y.double()))
+
+
+@needs_extension
+def test_sums_in_cpp_do_not_depend_on_the_threads() -> None:
+    x, y, _ = tensors((3, 40, 12, 12, 30, (3, 3), (1, 1), (1, 1)))
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(torch.ops.wanda_fast.conv_gram_sums(x, y, None))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@needs_extension
+def test_sums_in_cpp_take_several_blocks_of_samples() -> None:
+    """More than the tables hold at a time."""
+    x, y, _ = tensors((90, 40, 16, 16, 8, (3, 3), (1, 1), (1, 1)))
+    weight = torch.rand(90)
+    assert 90 * 256 * 4 * (48 + 48 + 16) > 8 << 20  # rows of 48, 48 and 16 floats
+    close(torch.ops.wanda_fast.conv_gram_sums(x, y, weight), module.shift_sums(x.double(), y.double(), weight))
+
+
+@needs_extension
+def test_opcheck_of_the_sums() -> None:
+    x, y, _ = tensors(CASES["3x3-pad1"])
+    torch.library.opcheck(torch.ops.wanda_fast.conv_gram_sums.default, (x, y, None))
+    torch.library.opcheck(torch.ops.wanda_fast.conv_gram_sums.default, (x, y, torch.rand(3)))
+
+
+@needs_extension
+def test_the_cpu_backend_uses_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y, geometry = tensors(CASES["3x3-pad1"])
+    monkeypatch.setattr(module, "conv_gram_shift", lambda *a: pytest.fail("products of matrices instead of C++"))
+    compare(ops.conv_gram(x, y, *geometry, backend="cpu"), truth(x, y, *geometry, None))
+    monkeypatch.undo()
+    monkeypatch.setattr(ops, "_has_kernel", lambda op, key: op != "conv_gram_sums")
+    compare(ops.conv_gram(x, y, *geometry, backend="cpu"), truth(x, y, *geometry, None))

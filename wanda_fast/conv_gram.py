@@ -92,6 +92,7 @@ _TAPS = [(ty, tx) for ty in (-1, 0, 1) for tx in (-1, 0, 1)]
 _CHUNK_BYTES = 48 << 20  # of the copies that are made of a few samples at a time
 
 Products = Callable[[Tensor, Tensor, "list[int]"], Tensor]
+Sums = Callable[[Tensor, Tensor, "Tensor | None"], "tuple[Tensor, Tensor, Tensor, Tensor]"]
 
 
 def shifted_products(a: Tensor, b: Tensor, shifts: list[int]) -> Tensor:
@@ -128,6 +129,14 @@ def conv_gram_shift(
         part = _shift_sums(x[i : i + step], y[i : i + step], None if weight is None else weight[i : i + step], products)
         total = [t + p for t, p in zip(total, part, strict=True)] if total else part
     return _assemble(*total)
+
+
+def shift_sums(x: Tensor, y: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `_shift_sums` gives, for any number of samples and in float32: the definition of the operation that C++ has for CPUs."""
+    dtype = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
+    weight = None if weight is None else weight.to(dtype)
+    full, lines, corners, cross = _shift_sums(x.to(dtype), y.to(dtype), weight, shifted_products)
+    return full.float(), lines.float(), corners.float(), cross.float()
 
 
 def _shift_sums(x: Tensor, y: Tensor, weight: Tensor | None, products: Products) -> list[Tensor]:
@@ -222,19 +231,32 @@ def conv_gram(
     padding: tuple[int, int],
     weight: Tensor | None = None,
     products: Products = shifted_products,
+    sums: Sums | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """XᵀX [K+1, K+1] and XᵀY [K+1, C_out] by the cheapest way for this convolution; see `wanda_fast.ops.conv_gram`."""
+    """XᵀX [K+1, K+1] and XᵀY [K+1, C_out] by the cheapest way for this convolution; see `wanda_fast.ops.conv_gram`.
+
+    Args:
+        sums: takes x and y as they are and gives what `shift_sums` gives; None for products of matrices.
+    """
+    shiftable = (*kernel_size, *stride, *padding) == (3, 3, 1, 1, 1, 1) and x.numel() > 0 and y.numel() > 0
+    if shiftable and sums is not None:
+        weight = None if weight is None else weight.float()
+        return _with_ones(*_assemble(*sums(x, y, weight)), x, y, weight)
     if x.dtype not in (torch.float32, torch.float64):
         x = x.float()
     y = y.to(x.dtype)
     weight = None if weight is None else weight.to(x.dtype)
-    if (*kernel_size, *stride, *padding) == (3, 3, 1, 1, 1, 1) and x.numel() and y.numel():
-        xtx, xty = conv_gram_shift(x, y, weight, products)
-        xtx[:-1, -1] = xtx[-1, :-1] = xty[:-1, -1]
-        # the column of ones against itself and against y: no patch is involved
-        ones = x.new_ones(len(x)) if weight is None else weight
-        xtx[-1, -1] = ones.sum() * (x.shape[2] * x.shape[3])
-        xty = xty[:, :-1].contiguous()
-        xty[-1] = (y.sum((2, 3)) * ones[:, None]).sum(0)
-        return xtx, xty
+    if shiftable:
+        return _with_ones(*conv_gram_shift(x, y, weight, products), x, y, weight)
     return conv_gram_rows(x, y, kernel_size, stride, padding, weight, products)
+
+
+def _with_ones(xtx: Tensor, xty: Tensor, x: Tensor, y: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The results of `conv_gram_shift` with the row and column of ones in their places."""
+    xtx[:-1, -1] = xtx[-1, :-1] = xty[:-1, -1]
+    # the column of ones against itself and against y: no patch is involved
+    ones = xtx.new_ones(len(x)) if weight is None else weight
+    xtx[-1, -1] = ones.sum() * (x.shape[2] * x.shape[3])
+    xty = xty[:, :-1].contiguous()
+    xty[-1] = (y.sum((2, 3), dtype=xtx.dtype) * ones[:, None]).sum(0)
+    return xtx, xty

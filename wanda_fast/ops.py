@@ -189,9 +189,15 @@ def _conv_gram_torch(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return tuple(t.float() for t in conv_gram_module.conv_gram(x, y, *args))  # type: ignore[return-value]
 
 
+def _conv_gram_cpu(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """Products of matrices by the BLAS behind torch.mm; in 3 x 3 convolutions those of the C++ extension, which multiply no padding."""
+    native = _has_kernel("conv_gram_sums", "CPU") and torch.float64 not in (x.dtype, y.dtype)
+    sums = torch.ops.wanda_fast.conv_gram_sums.default if native else None
+    return tuple(t.float() for t in conv_gram_module.conv_gram(x, y, *args, sums=sums))  # type: ignore[return-value, misc]
+
+
 def _conv_gram_triton(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    products = importlib.import_module("wanda_fast.kernels.conv_gram").shifted_products
-    return conv_gram_module.conv_gram(x.float(), y.float(), *args, products=products)  # type: ignore[misc]
+    return importlib.import_module("wanda_fast.kernels.conv_gram").conv_gram(x, y, *args)
 
 
 def _reference_conv_gram(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -206,17 +212,28 @@ def _fake_conv_gram(
     return tuple(x.new_empty(shape, dtype=torch.float32) for shape in shapes)  # type: ignore[return-value]
 
 
+def _fake_conv_gram_sums(x: Tensor, y: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    c = x.shape[1]
+    shapes = ((13, c, c), (12, c, c), (4, c, c), (9, c, y.shape[1] + 1))
+    return tuple(x.new_empty(shape, dtype=torch.float32) for shape in shapes)  # type: ignore[return-value]
+
+
 _define(
     "conv_gram",
     "(Tensor x, Tensor y, int[] kernel_size, int[] stride, int[] padding, Tensor? weight) -> (Tensor, Tensor)",
     _reference_conv_gram,
     _fake_conv_gram,
-    # First the products of cuBLAS: a whole repair took 11.2 s with them and 18.6 s with Triton's split TF32 (H200).
-    homes=("cuda", "triton", "cpu"),
+    # Triton's products of 16-bit halves take half the time of cuBLAS's in float32 (H200), and small ones go to cuBLAS from there.
+    homes=("triton", "cuda", "cpu"),
     triton_impl=_conv_gram_triton,
 )
+# Part of `conv_gram` on the CPU.
+_SUMS = "conv_gram_sums(Tensor x, Tensor y, Tensor? weight) -> (Tensor, Tensor, Tensor, Tensor)"
+_library.define(_SUMS, tags=(torch.Tag.needs_exact_strides,))
+_library.impl("conv_gram_sums", conv_gram_module.shift_sums, "CompositeExplicitAutograd")
+torch.library.register_fake("wanda_fast::conv_gram_sums", _fake_conv_gram_sums, lib=_library)
 # Needs no extension: a few large products, which the BLAS behind torch.mm does best.
-_library.impl("conv_gram", _conv_gram_torch, "CPU")
+_library.impl("conv_gram", _conv_gram_cpu, "CPU")
 _library.impl("conv_gram", _conv_gram_torch, "CUDA")
 
 
