@@ -6,6 +6,7 @@ Set PYTORCH_NO_CUDA_MEMORY_CACHING=1, so that each tensor is an allocation of it
 from __future__ import annotations
 
 import torch
+from wanda_fast.kernels import conv_gram
 
 from wanda_fast import ops, reference
 
@@ -23,6 +24,7 @@ def main() -> None:
         rand(2, 320, 64, 64).half(),
         rand(3, 77, 130),
         rand(9, 31),
+        rand(3, 128, 32, 32).bfloat16().to(memory_format=torch.channels_last),
     ]
     for x in inputs:
         for rows in (
@@ -38,6 +40,8 @@ def main() -> None:
         rand(40, 24, 3, 3),
         rand(33, 70).bfloat16(),
         rand(64, 32, 3, 3).to(memory_format=torch.channels_last),
+        rand(1030, 460, 3, 3),  # past LARGE_ELEMENTS, full and cut tiles
+        rand(2050, 2100).half(),
     ):
         norm = rand(weight.shape[1]).abs()
         for got, want in zip(
@@ -45,7 +49,7 @@ def main() -> None:
             reference.wanda_score(weight.double(), norm.double()),
             strict=True,
         ):
-            assert torch.allclose(got.double(), want, rtol=1e-4, atol=1e-3)
+            assert torch.allclose(got.double(), want, rtol=1e-4, atol=1e-2)
         sq, row_weight = rand(33, weight.shape[1]).square(), rand(33).abs()
         ops.wanda_score_stats(weight, sq, row_weight, backend="triton")
     tensors = [
@@ -54,15 +58,25 @@ def main() -> None:
         rand(33, 70).bfloat16(),
         rand(64, 32, 3, 3).to(memory_format=torch.channels_last),
         rand(17, 5).to(torch.int8),
+        rand(37, 303, 3, 3),
+        rand(37, 606, 3, 3).bfloat16(),
+        rand(37, 606, 3, 3).half()[:, 1:],
     ]
     keep_out = [torch.arange(0, t.shape[0], 3, device=device) for t in tensors]
     keep_in = [None if t.dim() == 1 else torch.arange(1, t.shape[1], 2, device=device) for t in tensors]
-    for got, want in zip(
-        ops.compact(tensors, keep_out, keep_in, backend="cuda"),
-        reference.compact(tensors, keep_out, keep_in),
-        strict=True,
-    ):
-        assert torch.equal(got, want)
+    for dtype in (None, torch.bfloat16, torch.float32):
+        results = ops.compact(tensors, keep_out, keep_in, dtype=dtype, backend="cuda")
+        for got, want in zip(results, reference.compact(tensors, keep_out, keep_in, dtype), strict=True):
+            assert torch.equal(got, want)
+    conv_gram.LEAST_WORK = conv_gram.LEAST_WORK_1X1 = 0
+    maps = ((rand(5, 70, 7, 9), 20, 3), (rand(3, 130, 8, 8).bfloat16(), 140, 3), (rand(4, 33, 6, 5), 7, 1), (rand(2, 3, 9, 9), 4, 3))
+    for x, c_out, kernel in maps:
+        y = rand(len(x), c_out, *x.shape[2:])
+        geometry = (kernel, kernel), (1, 1), (kernel // 2, kernel // 2)
+        for weight in (None, rand(len(x)).abs()):
+            exact = reference.conv_gram(x.double(), y.double(), *geometry, None if weight is None else weight.double())
+            for got, want in zip(ops.conv_gram(x, y, *geometry, weight=weight, backend="triton"), exact, strict=True):
+                assert torch.allclose(got.double(), want, rtol=1e-4, atol=3e-6 * float(want.abs().max()))
     torch.cuda.synchronize()
     print("all kernels ran and are right")
 

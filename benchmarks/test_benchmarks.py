@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import channel_sq_norm, compact, wanda_score
+from benchmarks import channel_sq_norm, compact, conv_gram, wanda_score
 from benchmarks.harness import Case, check
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-CASES = [case for module in (channel_sq_norm, wanda_score, compact) for case in module.cases(DEVICE, "quick")]
+CASES = [case for module in (channel_sq_norm, wanda_score, compact, conv_gram) for case in module.cases(DEVICE, "quick")]
 RUNS = [(case, backend) for case in CASES for backend in case.candidates]
 
 

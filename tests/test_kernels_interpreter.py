@@ -5,6 +5,7 @@ Values over layouts and dtypes through the operations are in test_channel_sq_nor
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from wanda_fast import reference
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 from wanda_fast.kernels import channel_sq_norm as sq_kernel
+from wanda_fast.kernels import conv_gram as gram_kernel
 from wanda_fast.kernels import wanda_score as score_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,8 +165,8 @@ def test_weight_rows_beyond_2_to_the_31(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [score_kernel.LARGE, score_kernel.SMALL, score_kernel.Config(4, 32, 8, 1)],
-    ids=["LARGE", "SMALL", "4x32"],
+    [score_kernel.LARGE, score_kernel.LARGE_16, score_kernel.SMALL, score_kernel.Config(4, 32, 8, 1)],
+    ids=["LARGE", "LARGE_16", "SMALL", "4x32"],
 )
 @pytest.mark.parametrize(
     "shape,groups", [((21, 10, 3, 3), 1), ((12, 5, 3, 1), 3), ((1, 300), 1), ((40, 1, 1, 1), 1)], ids=str
@@ -195,6 +197,47 @@ def test_score_aggregates_the_table(rows: int) -> None:
     want = reference.wanda_score_stats(weight.double(), sq.double(), row_weight.double())
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "sliced", "transposed"])
+@pytest.mark.parametrize("pads", [(0, 0), (1, 1), (0, 2)], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 3e30], ids=str)
+def test_halves_of_a_packed_map(layout: str, pads: tuple[int, int], scale: float) -> None:
+    """High and low halves together hold 22 bits of each value, whatever its size; padding and weights included."""
+    x = torch.randn(3, 9, 5, 6) * scale
+    if layout == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    elif layout == "sliced":
+        x = x[:, 1:8, :, ::2]
+    elif layout == "transposed":
+        x = x.transpose(2, 3)
+    x, weight = x.to(DEVICE), torch.tensor([0.5, 0.0, 2.0], device=DEVICE)
+    largest, most = gram_kernel.largest_of(x), weight.max()
+    packed = gram_kernel.pack(x, largest, *pads, weight, most)
+    c = x.shape[1]
+    got = packed[:, :c].double() + packed[:, c:].double() / 2048
+    want = torch.nn.functional.pad(x * (weight / most)[:, None, None, None], (pads[1], pads[1], pads[0], pads[0])).double()
+    want = want.permute(0, 2, 3, 1).reshape(-1, c)
+    factor = float(got.abs().max() / want.abs().max())
+    assert 2**11 < float(got.abs().max()) <= 2**13 or float(largest) == 0
+    power = 2.0 ** round(math.log2(factor))
+    torch.testing.assert_close(got / power, want, rtol=2**-21, atol=float(want.abs().max()) * 2**-30)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (100, 5, 20), (600, 3, 17), (37, 70, 66), (0, 3, 4), (5, 0, 4)], ids=str)
+def test_shifted_products(shape: tuple[int, int, int]) -> None:
+    m, c1, c2 = shape
+    a, b = torch.randn(m, c1, device=DEVICE), torch.randn(c2, m, device=DEVICE).t()
+    shifts = [0, 3, -4, m]
+    got = gram_kernel.shifted_products(a, b, shifts)
+    for s, value in zip(shifts, got, strict=True):
+        low, high = max(0, -s), min(m, m - s)
+        want = a[low:high].double().t() @ b[low + s : high + s].double() if low < high else torch.zeros(c1, c2, dtype=torch.float64)
+        torch.testing.assert_close(value.double().cpu(), want.cpu(), rtol=1e-5, atol=1e-4)
+    again = gram_kernel.shifted_products(a, b, shifts)
+    assert torch.equal(got, again)
+    with pytest.raises(ValueError, match="a, b"):
+        gram_kernel.shifted_products(a, b.double(), shifts)
 
 
 def test_direct_calls_name_the_wrong_argument() -> None:

@@ -37,10 +37,9 @@ using torch::stable::Tensor;
 
 constexpr int kThreads = 256;
 constexpr int kVectorBytes = 16;
-// Rows one thread copies. With 16 bytes per row a block moves 32 KiB, long enough to pay for its column map; 4 and 16 rows were slower.
+// Rows one thread copies. With 16 bytes per row a block moves 32 KiB, long enough to pay for its column map; 4, 16 and 32 rows were slower.
 constexpr int kRowsPerThread = 8;
 constexpr int kMaxRows = 512;  // of a block: their offsets are in shared memory
-constexpr int kWideRows = 16;     // of a block whose threads all stand in one row
 constexpr int kWideAhead = 4;     // rows that one thread loads before it stores, four 32-bit columns each
 constexpr int kWideAhead16 = 2;   // the same for four pairs of 16-bit columns
 
@@ -72,6 +71,7 @@ struct Gather {
   int32_t inner;
   int32_t first_block;
   int32_t column_blocks;
+  int16_t bytes;  // of a word of the result
   int16_t kind;   // bytes of a word that is moved as it is (1, 2, 4, 8 or 16), or a cast_kind
   int16_t width;  // threads along a row, a power of two
 };
@@ -94,9 +94,9 @@ __device__ __noinline__ void stop(const char* name, int64_t limit) {
   __trap();
 }
 
-// A block whose threads stand side by side in one row walks down more rows: its column map costs as much as two or three of them.
-__host__ __device__ __forceinline__ int32_t rows_per_block(int32_t width) {
-  if (width == kThreads) return kWideRows;
+// `bytes` of a word of the result. 16-bit words walk down twice the rows: their map has twice the columns.
+__host__ __device__ __forceinline__ int32_t rows_per_block(int32_t width, int32_t bytes) {
+  if (width == kThreads) return bytes == 2 ? 2 * kRowsPerThread : kRowsPerThread;
   const int32_t rows = kThreads / width * kRowsPerThread;
   return rows < kMaxRows ? rows : kMaxRows;
 }
@@ -198,8 +198,8 @@ __device__ __forceinline__ void copy_rows(const Gather& g, int32_t local, int32_
   const int32_t lane = threadIdx.x % width;
   const int32_t level = threadIdx.x / width;
   const int32_t first_column = local % g.column_blocks * width * kWords;
-  const int64_t first_row = static_cast<int64_t>(local / g.column_blocks) * rows_per_block(width);
-  const int32_t rows = static_cast<int32_t>(min(g.rows - first_row, static_cast<int64_t>(rows_per_block(width))));
+  const int64_t first_row = static_cast<int64_t>(local / g.column_blocks) * rows_per_block(width, sizeof(Dst));
+  const int32_t rows = static_cast<int32_t>(min(g.rows - first_row, static_cast<int64_t>(rows_per_block(width, sizeof(Dst)))));
   const Src* const src = reinterpret_cast<const Src*>(g.src);
   Dst* const dst = reinterpret_cast<Dst*>(g.dst) + first_row * g.columns + first_column;
   const int32_t columns = min(g.columns - first_column, width * kWords);
@@ -598,6 +598,7 @@ std::vector<Tensor> gather(std::vector<Tensor>& tensors, std::vector<std::option
     int32_t width = 1;
     while (width < kThreads && width * per_thread < g.columns) width *= 2;
     g.width = static_cast<int16_t>(width);
+    g.bytes = static_cast<int16_t>(cast ? wanted_size : word);
     g.column_blocks = static_cast<int32_t>(ceil_div(g.columns, width * per_thread));
     jobs.push_back(g);
   }
@@ -616,7 +617,7 @@ std::vector<Tensor> gather(std::vector<Tensor>& tensors, std::vector<std::option
     int64_t blocks = 0;
     size_t end = begin;
     for (; end < limit; ++end) {
-      const int64_t more = jobs[end].column_blocks * ceil_div(jobs[end].rows, rows_per_block(jobs[end].width));
+      const int64_t more = jobs[end].column_blocks * ceil_div(jobs[end].rows, rows_per_block(jobs[end].width, jobs[end].bytes));
       if (blocks + more > kMaxBlocks) break;
       jobs[end].first_block = static_cast<int32_t>(blocks);
       blocks += more;
