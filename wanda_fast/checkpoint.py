@@ -53,6 +53,7 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # What `from_pretrained` needs and nothing else: no pickles, no images, no other weight formats.
 _HUB_FILES = [
+    "README.md",
     "model_index.json",
     "config.json",
     "scheduler_config.json",
@@ -97,8 +98,12 @@ def load_pipeline(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    conditioned: bool = False,
 ) -> Loaded:
     """Open a model: None for the bundled one, a folder, or a hub id such as ``google/ddpm-cifar10-32``.
+
+    Args:
+        conditioned: whether a text-to-image or transformer network will do, which works on latents and reads conditioning.
 
     Raises:
         UserError: no such folder, no UNet2DModel in it, pickled weights only, a truncated file, missing, unexpected,
@@ -111,6 +116,8 @@ def load_pipeline(
     class_name = raw.get("_class_name", "UNet2DModel")
     if str(class_name).removeprefix("Pruned") not in NETWORKS:
         raise UserError(f"{config_file}: holds a {class_name}; only {', '.join(NETWORKS)} are supported.")
+    if not conditioned and class_name not in ("UNet2DModel", "PrunedUNet2DModel"):
+        raise UserError(f"{config_file}: holds a {class_name}; only UNet2DModel is supported here.")
     files = _weight_files(unet_dir)
     scheduler = _load_scheduler(scheduler_file)
     base = class_name.removeprefix("Pruned")
@@ -166,7 +173,7 @@ def load_pruned(
 
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: no such folder.")
-    loaded = load_pipeline(folder, dtype=dtype, device=device)
+    loaded = load_pipeline(folder, dtype=dtype, device=device, conditioned=True)
     if base_class(loaded.unet) in INNER_CLASSES:
         if not (Path(folder) / "model_index.json").is_file():
             return loaded.unet

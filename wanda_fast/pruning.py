@@ -392,7 +392,7 @@ class _Run:
         self.asked_model = str(model) if isinstance(model, (str, Path)) else None
         with self.stages("load"):
             if model is None or isinstance(model, (str, Path)):
-                loaded = checkpoint.load_pipeline(model, dtype=torch.float32, device=self.device)
+                loaded = checkpoint.load_pipeline(model, dtype=torch.float32, device=self.device, conditioned=True)
                 self.unet, self.scheduler, self.name = loaded.unet, loaded.scheduler, loaded.name
                 self.bundled, self.source = model is None, loaded.source
                 self.hub_id = str(model) if loaded.source == "hub" else None
