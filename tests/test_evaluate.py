@@ -263,3 +263,23 @@ def test_statistics_of_other_features_are_refused(tmp_path: Path, capsys: pytest
     assert code == 2 and "name that file with --features" in error
     code, text, _ = run(capsys, "fid", images, tmp_path / "p.npz", "--features", tmp_path / "pooled.pt", "--json", "--quiet")
     assert code == 0 and json.loads(text)["frechet_distance"] == pytest.approx(0, abs=1e-6)
+
+
+def test_commands_of_the_guide_parse() -> None:
+    import re
+    import shlex
+
+    from wanda_fast.cli import evaluate as evaluate_command
+    from wanda_fast.cli import fid as fid_command
+    from wanda_fast.cli.parser import Parser
+
+    found = 0
+    for name, module in (("evaluate", evaluate_command), ("fid", fid_command)):
+        parser = Parser(f"wanda-fast {name}", module.EXAMPLES)
+        module.add_arguments(parser)
+        text = (Path(__file__).parent.parent / "docs" / "guide.md").read_text(encoding="utf-8")
+        lines = re.findall(rf"^wanda-fast {name} (.*)$", text, re.MULTILINE)
+        for line in [*lines, *re.findall(rf"^wanda-fast {name} (\S.*?)(?:\s{{2,}}.*)?$", module.EXAMPLES, re.MULTILINE)]:
+            parser.parse_args(shlex.split(line))
+            found += 1
+    assert found >= 10
