@@ -15,7 +15,7 @@ from torch import Tensor
 
 import wanda_fast
 from wanda_fast.calibrate import calibrate, noised_batches
-from wanda_fast.checkpoint import stored_dtype
+from wanda_fast.checkpoint import load_pipeline, stored_dtype
 from wanda_fast.errors import UserError
 from wanda_fast.inputs import Prompts, input_spec
 from wanda_fast.pruning import prune
@@ -167,6 +167,15 @@ def test_prune_a_bare_folder(tmp_path: Path) -> None:
     assert replayed.plan.widths == result.plan.widths
     with pytest.raises(UserError, match="already pruned"):
         prune(tmp_path / "out", dry_run=True, **SMALL)
+
+
+def test_other_commands_refuse_latents(tmp_path: Path) -> None:
+    random_network("dit").save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="holds a DiTTransformer2DModel; only UNet2DModel is supported here"):
+        load_pipeline(tmp_path / "model")
+    assert load_pipeline(tmp_path / "model", conditioned=True).layout == "stock"
+    with pytest.raises(UserError, match="the pruner taylor needs images"):
+        prune(tmp_path / "model", pruner="taylor", dry_run=True, **SMALL)
 
 
 def test_prune_inside_a_pipeline(tmp_path: Path) -> None:
