@@ -7,6 +7,7 @@ PrunedUNet2DConditionModel, ...): the same forward pass over modules whose width
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import math
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from . import ops
 from .errors import UserError
 from .inner_slots import base_class, is_inner
-from .plan import CostModel, LayerCost, PruningPlan, architecture_fingerprint
+from .plan import CostModel, LayerCost, PruningPlan, architecture_fingerprint, stock_config
 from .slots import SlotMap, find_slots, insert_identity_shortcut
 
 if TYPE_CHECKING:
@@ -182,6 +183,8 @@ def check_plan(plan: PruningPlan, unet: UNet2DModel, slots: SlotMap) -> None:
     """
     if plan.architecture != architecture_fingerprint(json_config(unet)):
         raise UserError("the plan was made for another architecture (its configuration differs from this model's)")
+    if architecture_fingerprint(plan.dense_config) != plan.architecture:
+        raise UserError("the plan is damaged: its dense configuration is not that of its architecture")
     missing, unknown = set(slots.slots) - set(plan.keep), set(plan.keep) - set(slots.slots)
     if missing or unknown:
         raise UserError(f"the plan does not fit this network: slot {sorted(missing | unknown)[0]} does not match")
@@ -204,6 +207,10 @@ def check_plan(plan: PruningPlan, unet: UNet2DModel, slots: SlotMap) -> None:
             whole = heads is not None and bool((heads == heads[:, :1] + torch.arange(slot.unit)).all())
             if not whole or heads is None or bool((heads[:, 0] % slot.unit).any()):
                 raise UserError(f"the plan is not legal: {slot.name} must keep whole heads of {slot.unit} channels")
+    if plan.layout == "stock" and not is_inner(unet):
+        dense = json.loads(json.dumps(json_config(unet)))
+        if plan.config != stock_config(slots, plan.widths, dense, plan.norm_policy):
+            raise UserError("the plan is damaged: its configuration is not that of the channels it keeps")
 
 
 def json_config(unet: UNet2DModel) -> dict[str, Any]:
