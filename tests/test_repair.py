@@ -8,6 +8,7 @@ import json
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -197,6 +198,97 @@ def test_bias_moves_the_mean_alone() -> None:
     assert changed <= {f"{r.layer}.bias" for r in report.layers}
     assert math.isfinite(difference(dense, pruned, held))
     assert "biases" in report.summary()
+
+
+def test_bias_is_taken_back_where_the_network_gets_worse() -> None:
+    """A norm after the convolution hears the mean that was put back louder than it was: the error of the output rises."""
+    from wanda_fast.checkpoint import load_pipeline
+    from wanda_fast.data import load_images
+
+    loaded = load_pipeline(None, dtype=torch.float32, device="cpu")
+    unet = loaded.unet.eval()
+    images = load_images("self", n=16, unet=unet, scheduler=loaded.scheduler, bundled=True)
+    x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    t = torch.arange(16) * 62
+    noised = loaded.scheduler.add_noise(x, torch.randn(x.shape, generator=torch.Generator().manual_seed(0)), t)
+    dense, pruned, keep = prune(unet, "stock")
+    before = copy.deepcopy(pruned.state_dict())
+    report = repair(dense, pruned, keep, lambda: [(noised, t, None)], method="bias")
+    assert all(torch.equal(v, before[k]) for k, v in pruned.state_dict().items())
+    kept = [r for r in report.layers if "would have risen" in r.remark]
+    assert kept and {r.status for r in kept} == {"kept"} and not [r for r in report.layers if r.accepted]
+
+
+def test_the_picture_of_a_repair(tmp_path: Path) -> None:
+    """One line per layer that had an error; the dots are where the report says."""
+    from PIL import Image
+
+    unet = random_unet(SMALL)
+    dense, pruned, keep = prune(unet)
+    report = repair(dense, pruned, keep, noise(unet, 24, seed=1))
+    few = copy.deepcopy(report)
+    few.layers = [r for r in few.layers if r.accepted][:2]
+    module.save_picture(report, tmp_path / "new" / "repair.png", title="small")
+    module.save_picture(few, tmp_path / "few.png")
+    few.layers = []
+    module.save_picture(few, tmp_path / "none.png")
+    sizes = [Image.open(tmp_path / name).size for name in ("new/repair.png", "few.png", "none.png")]
+    assert sizes[0][1] > 2 * sizes[1][1] and sizes[1] == sizes[2]
+    colours = [len(Image.open(tmp_path / name).convert("RGB").getcolors(1 << 24)) for name in ("few.png", "none.png")]
+    assert colours[0] > colours[1]
+
+
+@pytest.mark.parametrize(("images", "weakest"), [(16, 1e-2), (64, 1e-5)])
+def test_ridges_are_tried_down_to_the_best(images: int, weakest: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows without noise want no ridge at all, the search goes to the end; noisy ones want a strong one, it stops early."""
+    tried = []
+
+    def watch(xtx: Tensor, xtr: Tensor, ridge: float) -> tuple[Tensor, float, str]:
+        tried.append(ridge)
+        return solve_ridge(xtx, xtr, ridge)
+
+    monkeypatch.setattr(module, "solve_ridge", watch)
+    dense, pruned, keep = chain([0, 2, 3, 5])
+    if weakest == 1e-5:  # what the removed channels wrote can be predicted exactly
+        for part in ("weight", "bias"):
+            for gone, stays in ((1, 0), (4, 2)):
+                getattr(dense.first, part)[gone] = getattr(dense.first, part)[stays]
+        rows = math.inf
+    else:
+        rows = 1e-9
+        monkeypatch.setattr(module, "_MIN_ROWS", 48)
+    report = repair(dense, pruned, keep, inputs(images), rows_per_unknown=rows)
+    second = next(r for r in report.layers if r.layer == "second")
+    assert tried == sorted(tried, reverse=True) and tried[-1] <= (second.ridge or 0)
+    assert (second.ridge == 1e-5 and len(tried) == 5) if weakest == 1e-5 else len(tried) < 5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("layout", ["free", "stock"])
+def test_gpu_and_cpu_agree(layout: str) -> None:
+    """The same sums and solutions: weights within 1e-3 of those of a CPU, and those of a layer within 1e-3 of float64's."""
+    unet = random_unet(SMALL)
+    batches = noise(unet, 48, seed=1)
+    held = noise(unet, 16, seed=9)
+    weights, errors = [], []
+    for device in ("cpu", "cuda"):
+        dense, pruned, keep = prune(unet, layout)
+        report = repair(dense, pruned, keep, batches, device=device, ridge=1e-2, rows_per_unknown=math.inf)
+        weights.append({k: v.double() for k, v in pruned.state_dict().items() if k.endswith("weight")})
+        errors.append((difference(dense, pruned, held), [r.status for r in report.layers]))
+    assert errors[0][1] == errors[1][1] and errors[1][0] == pytest.approx(errors[0][0], rel=1e-2)
+    for name, want in weights[0].items():
+        assert float((weights[1][name] - want).norm() / want.norm()) < 1e-3, name
+    dense_chain, pruned_chain, keep_chain = chain([0, 2, 3, 5])
+    sliced = second_layer(pruned_chain)
+    repair(dense_chain, pruned_chain, keep_chain, inputs(), device="cuda", ridge=1e-3)
+    x, goal, _ = rows_of(dense_chain, pruned_chain, inputs())
+    spread = (x - x.mean(0)).square().sum(0)[:-1].mean()
+    penalty = torch.full((x.shape[1],), 1e-3 * float(spread), dtype=torch.float64)
+    penalty[-1] = 0
+    want = torch.linalg.solve(x.t() @ x + penalty.diag(), x.t() @ goal + penalty[:, None] * sliced)
+    assert float((second_layer(pruned_chain) - want).norm() / want.norm()) < 1e-3
 
 
 def test_none_changes_nothing() -> None:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,12 +30,13 @@ from wanda_fast import inputs, ops
 from wanda_fast.conv_gram import map_rows, patch_rows, row_gram, rows_weight, weight_rows
 from wanda_fast.distributed import ranks
 from wanda_fast.least_squares import Sums, solve_ridge
-from wanda_fast.lockstep import Event, Hooked, Walk, peak_bytes
+from wanda_fast.lockstep import Event, Hooked, Walk, first_tensor, peak_bytes
 from wanda_fast.offload import visiting
 from wanda_fast.resume import RepairState
 
 METHODS = ("lstsq", "bias", "none")
 TARGETS = ("block", "layer")
+RIDGES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # few images want a strong one, thousands a weak one
 
 Keep = dict[str, tuple["Tensor | None", "Tensor | None"]]
 Batch = tuple[Tensor, Tensor, Any]  # x_t, t, and labels, a dictionary of conditioning, or None
@@ -98,6 +100,45 @@ class RepairReport:
             f"repair: {len(done)} of {len(self.layers)} layers refitted ({exact} were exact) with {self.images} images in "
             f"{self.seconds:.1f} s; typical layer error {before:.2g} -> {after:.2g} on held-out images"
         )
+
+
+def save_picture(report: RepairReport, path: str | os.PathLike[str], *, title: str = "") -> None:
+    """Write as PNG how much the error of every layer fell: one line per layer in execution order, on images that took no part.
+
+    The folder of `path` is made. Layers that were exact or skipped are not shown; a layer that was kept is a single dot.
+    """
+    # No pyplot: it would choose a window system and keep state for a program that only writes a file.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [r for r in report.layers if r.error_before and not r.remark.startswith("fitted with")]
+    shown = [r for r in shown if r.status in ("refitted", "kept")]
+    kinds = {"convolution, linear": "tab:blue", "norm": "tab:orange", "kept as it was": "tab:gray"}
+    figure = Figure(figsize=(11, max(3.0, 1.6 + 0.17 * len(shown))), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for y, r in enumerate(shown):
+        pair = (r.error_before, r.error_after) if r.held_before is None else (r.held_before, r.held_after)
+        before, after = (float(v or 0.0) for v in pair)
+        colour = kinds["kept as it was" if r.status == "kept" else "norm" if r.unknowns == 1 else "convolution, linear"]
+        axes.plot([before, after], [y, y], color=colour, linewidth=1.2, alpha=0.5)
+        axes.plot([before], [y], "o", color=colour, markersize=4, markerfacecolor="white")
+        axes.plot([after], [y], "o", color=colour, markersize=4)
+    axes.set_yticks(range(len(shown)), [r.layer for r in shown], fontsize=7)
+    axes.set_ylim(len(shown) - 0.3, -0.7)
+    if shown:
+        axes.set_xscale("log")
+    else:
+        axes.text(0.5, 0.5, "no layer had anything to repair", transform=axes.transAxes, ha="center", va="center")
+    judged = "images that took no part in the fit" if any(r.held_before for r in shown) else "the images of the fit"
+    axes.set_xlabel(f"squared error relative to the layer's variance, on {judged}: before (ring) and after (dot)")
+    axes.grid(axis="x", which="major", alpha=0.3)
+    for name, colour in kinds.items():
+        axes.plot([], [], "o-", color=colour, markersize=4, label=name)
+    figure.legend(loc="outside upper right", ncols=3, fontsize=8, frameon=False)
+    figure.suptitle(f"Repair{': ' + title if title else ''}", x=0.01, ha="left", fontsize=12)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
 
 
 def _geometric_mean(values: Sequence[float | None]) -> float:
@@ -310,7 +351,7 @@ def repair(
     *,
     method: str = "lstsq",
     target: str = "block",
-    ridge: float | Sequence[float] = (1e-3, 1e-2, 1e-1),
+    ridge: float | Sequence[float] = RIDGES,
     norms: bool = True,
     rows_per_unknown: float | None = None,
     max_rows: int | None = None,
@@ -342,7 +383,8 @@ def repair(
         target: what a layer that ends a residual block is fitted to: "layer", its own dense output, or "block", the block's dense output
             less what the pruned network's own shortcut adds, so that it also corrects the error that has piled up before. A
             convolution on the shortcut is then fitted together with it.
-        ridge: λ in units of the mean diagonal of the centred XᵀX; of several the best on held-out images is taken.
+        ridge: λ in units of the mean diagonal of the centred XᵀX; of several the best on held-out images is taken. They are
+            tried from the largest down, as long as the error falls.
         norms: also refit gain and bias of every GroupNorm, channel by channel.
         rows_per_unknown: rows of X per unknown of a layer, at least 16384 rows; positions of the maps are drawn at random
             to that number. None for 8 on a CPU and all on a GPU; `math.inf` for all.
@@ -371,7 +413,7 @@ def repair(
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if target not in TARGETS:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
-    ridges = (float(ridge),) if isinstance(ridge, (int, float)) else tuple(float(r) for r in ridge)
+    ridges = (float(ridge),) if isinstance(ridge, (int, float)) else tuple(sorted((float(r) for r in ridge), reverse=True))
     if not ridges or not all(0 <= r < math.inf for r in ridges):
         raise ValueError(f"ridge must be one or more finite numbers of at least 0, got {ridge}")
     started = time.perf_counter()
@@ -627,16 +669,22 @@ class _Run:
         sums.join()
         if not sums.finite():
             raise RuntimeError(f"non-finite values in the input or output of layer {label}: the repair cannot continue")
-        tries = []
+        tries: list[tuple[Tensor, float, str, list[float | None]]] = []
+        best: list[float] = []
         for ridge in self.options.ridges:
             delta, used, remark = solve_ridge(sums.xtx, sums.xtr, ridge)
-            tries.append((delta, used, remark, [sums.held_error(delta, g) for g in groups]))
+            helds = [sums.held_error(delta, g) for g in groups]
+            known = [h for h in helds if h is not None]
+            # without images to judge by, the strongest pull towards the present weight
+            better = any(h < b for h, b in zip(known, best, strict=False)) or not tries
+            best = [min(pair) for pair in zip(known, best, strict=False)] if tries else known
+            tries.append((delta, used, remark, helds))
+            if not better or not known:
+                break
         results = []
         for i, g in enumerate(groups):
             before, held_before = sums.error(None, g), sums.held_error(None, g)
-            # without images to judge by, the strongest pull towards the present weight
-            order = [-entry[1] if entry[3][i] is None else entry[3][i] for entry in tries]
-            delta, used, remark, helds = tries[order.index(min(order))]  # type: ignore[type-var]
+            delta, used, remark, helds = tries[0] if held_before is None else min(tries, key=lambda entry: entry[3][i])  # type: ignore[arg-type,return-value]
             after, held_after = sums.error(delta, g), helds[i]
             remarks = [remark] if remark else []
             if sums.rows < unknowns:
@@ -801,7 +849,13 @@ class _Run:
         """b' = b + mean over images of (dense output, restricted and computed from mean inputs) - (pruned layer on the same means).
 
         A convolution is linear, so this is Σ over removed inputs of mean(x_c) Σ_k W[:, c, k], borders aside.
+
+        Every layer's error falls by it, the network's may rise: what was removed took variance along with the mean, a norm
+        that follows divides by the smaller deviation, and the mean that was put back comes out too large. So all of it is
+        taken back where the predicted noise is no nearer to the dense one afterwards.
         """
+        before = self.output_error()
+        old = {n: m.bias.detach().clone() for n in self.layers if (m := self.modules[n]).bias is not None}
         cut = [n for n in self.layers if self.keep.get(n, (None, None))[1] is not None]
         totals: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
@@ -843,6 +897,44 @@ class _Run:
                 pruned.bias += shift.to(pruned.bias)
             remark = f"bias moved by {float(shift.square().mean().sqrt()):.2g}"
             self.report.layers.append(LayerRepair(name, "refitted", rows=counts[name], unknowns=1, remark=remark))
+        after = self.output_error()
+        if after < before:
+            return
+        with torch.no_grad():
+            for name, bias in old.items():
+                self.modules[name].bias.copy_(bias)
+        for r in self.report.layers:
+            if r.accepted:
+                r.status, r.remark = "kept", f"the network's error would have risen from {before:.2g} to {after:.2g}"
+
+    def output_error(self) -> float:
+        """Σ(ε - ε̂)² / Σε² of the pruned network's prediction on the first batches, 64 images or a few more."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        outs: list[Tensor] = []
+
+        def note(_module: nn.Module, _args: tuple, out: Any) -> None:
+            found = out if isinstance(out, Tensor) else first_tensor(out.values() if isinstance(out, Mapping) else out)
+            assert found is not None
+            outs.append(found.double())
+
+        handles = [m.register_forward_hook(note) for m in (self.dense, self.pruned)]
+        try:
+            seen = 0
+            for number, batch in enumerate(self.batches()):
+                if seen >= 64:
+                    break
+                seen += len(batch[0])
+                if number % self.ranks.size == self.ranks.rank:
+                    outs.clear()
+                    call = self.call(batch)
+                    call(self.dense)
+                    call(self.pruned)
+                    sums += torch.stack([(outs[1] - outs[0]).square().sum(), outs[0].square().sum()]).cpu()
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.ranks.add([sums])
+        return float(sums[0] / sums[1].clamp_min(1e-300))
 
 
 def _apply_norm(x: Tensor, module: nn.GroupNorm) -> Tensor:
