@@ -240,7 +240,8 @@ def choose_config(samples: int, channels: int, positions: int, channels_inner: b
         # 64 channels are one to two full 128-byte lines; narrower where that wastes lanes or leaves multiprocessors idle. The long walk down
         # the positions fetches small tiles four ahead: 64 x 64 on 4 warps, three ahead, reached 0.72 of copy where these reach 0.92.
         block_c = min(_power_of_2(channels), 64)
-        while block_c > 32 and (channels % block_c or samples * _divide(channels, block_c) < SPLIT_BELOW):
+        steps = _divide(positions, 32)  # long walks can be split over several programs
+        while block_c > 32 and (channels % block_c or samples * _divide(channels, block_c) * steps < SPLIT_BELOW):
             block_c //= 2
         block_s = min(_power_of_2(positions), max(4096 // block_c, 1))
         num_warps = 4
@@ -258,7 +259,9 @@ def choose_config(samples: int, channels: int, positions: int, channels_inner: b
             block_c //= 2
     programs = samples * _divide(channels, block_c)
     steps = _divide(positions, block_s)
-    split = 1 if programs >= SPLIT_BELOW else min(steps, _divide(MIN_PROGRAMS, programs))
+    # Fewer, longer walks for tiles that are fetched ahead.
+    wanted = MIN_PROGRAMS if stages < 4 else MIN_PROGRAMS // 2
+    split = 1 if programs >= SPLIT_BELOW else min(steps, _divide(wanted, programs))
     # The last to arrive reads samples · split partials: keep that short.
     split = max(1, min(split, 4096 // samples, 64))
     split_len = _divide(steps, split) * block_s

@@ -32,18 +32,30 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" in metafunc.fixturenames:
         targets = targets_of(metafunc.module.OP)
         metafunc.parametrize("target", targets, indirect=True, ids=[f"{b}-{d}" for b, d in targets])
+    if "cpu_target" in metafunc.fixturenames:
+        targets = [target for target in targets_of(metafunc.module.OP) if target[1] == "cpu"]
+        metafunc.parametrize("cpu_target", targets, indirect=True, ids=[f"{b}-{d}" for b, d in targets])
 
 
-@pytest.fixture
-def target(request: pytest.FixtureRequest) -> tuple[str, str]:
-    """(backend, device); skipped, with the reason, where this machine or build has none."""
-    backend, device = request.param
+def _usable(backend: str, device: str) -> tuple[str, str]:
     if device == "cuda" and not HAS_GPU:
         pytest.skip("no GPU is visible")
     reason = ops.available_backends(device)[backend]
     if reason:
         pytest.skip(f"backend {backend} on {device}: {reason}")
     return backend, device
+
+
+@pytest.fixture
+def target(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """(backend, device); skipped, with the reason, where this machine or build has none."""
+    return _usable(*request.param)
+
+
+@pytest.fixture
+def cpu_target(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """The same for tests of what is only done, or done alike, on the CPU."""
+    return _usable(*request.param)
 
 
 @pytest.hookimpl(wrapper=True)
