@@ -105,6 +105,15 @@ def calibrate(
     Raises:
         NonFiniteActivations: NaN or Inf reached a layer, which is named. It is a UserError and a RuntimeError.
         UserError: bad arguments, or an unsupported network.
+
+    Example:
+        >>> import wanda_fast
+        >>> from wanda_fast import checkpoint, data
+        >>> loaded = checkpoint.load_pipeline(None)  # the bundled model
+        >>> images = data.load_images("self", n=4, unet=loaded.unet, bundled=True)
+        >>> stats = wanda_fast.calibrate(loaded.unet, loaded.scheduler, images, n=4, batch_size=2)
+        >>> stats.tables["mid_block.resnets.0.conv1"].shape
+        torch.Size([4, 128])
     """
     from tqdm import tqdm
 

@@ -168,6 +168,15 @@ def load_pruned(
 
     Raises:
         UserError: as :func:`load_pipeline`.
+
+    Example:
+        >>> import tempfile, wanda_fast
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     result = wanda_fast.prune(pruner="magnitude", split="uniform", layout="free", repair="none", num_samples=0,
+        ...                               batch_size=2, save_path=f"{folder}/small")
+        ...     pipeline = wanda_fast.load_pruned(f"{folder}/small")
+        >>> sum(p.numel() for p in pipeline.unet.parameters()) == result.report["pruned"]["params"]
+        True
     """
     from diffusers import DDPMPipeline
 

@@ -475,7 +475,7 @@ def evaluate(
 
     Example:
         >>> import wanda_fast
-        >>> found = wanda_fast.evaluate(n=0, noise_images=8, batch_size=8)
+        >>> found = wanda_fast.evaluate(n=0, noise_images=2, batch_size=1, compiled=False)
         >>> found["model"]["params"]
         6079811
     """

@@ -51,6 +51,14 @@ class PruningPlan:
         dense_config: configuration of the dense network.
         config: configuration of the pruned network; None in the free layout.
         architecture: fingerprint of `dense_config`, compared before a plan is replayed.
+
+    Example:
+        >>> import wanda_fast
+        >>> plan = wanda_fast.prune(pruner="magnitude", split="uniform", ratio=0.5, dry_run=True).plan
+        >>> plan.layout, plan.widths["conv_in"], plan.keep["conv_in"].dtype
+        ('stock', 32, torch.int64)
+        >>> wanda_fast.PruningPlan.from_dict(plan.to_dict()).widths == plan.widths
+        True
     """
 
     keep: dict[str, Tensor]

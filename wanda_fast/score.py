@@ -41,6 +41,15 @@ def score(
         ValueError: shapes, dtypes, devices or `groups` disagree; the text names the argument and the value.
         RuntimeError: the named backend is unavailable.
 
+    Example:
+        >>> import torch, wanda_fast
+        >>> weight, act_norm = torch.tensor([[1.0, -2.0], [3.0, 0.5]]), torch.tensor([10.0, 1.0])
+        >>> wanda_fast.score(weight, act_norm)
+        tensor([[10.0000,  2.0000],
+                [30.0000,  0.5000]])
+        >>> wanda_fast.score(weight, act_norm, reduce="columns")
+        tensor([40.0000,  2.5000])
+
     Source: Wanda, Sun et al. 2023, arXiv:2306.11695, section 3.
     """
     if reduce not in REDUCTIONS:

@@ -86,6 +86,22 @@ class ActivationStats:
         info: how the statistics came about: dataset, seed, mode, target, dtype, versions. JSON.
         sums: layer → [C_in] float64, Σ x over all samples and positions; empty unless the calibration was asked for
         means.
+
+    Example:
+        Two channels in four samples, two of them at a noisy and two at a clean timestep:
+
+        >>> import torch
+        >>> from wanda_fast import ActivationStats
+        >>> stats = ActivationStats(
+        ...     tables={"conv": torch.tensor([[9.0, 1.0], [9.0, 1.0], [1.0, 4.0], [1.0, 4.0]])}, positions={"conv": 1},
+        ...     timesteps=torch.tensor([900, 900, 100, 100]), counts=torch.ones(4, dtype=torch.int64),
+        ...     samples=torch.arange(4), num_train_timesteps=1000, model={})
+        >>> stats.act_norm("conv")
+        tensor([2.0000, 1.5000])
+        >>> stats.act_norm("conv", target_steps="late")
+        tensor([1., 2.])
+        >>> stats.act_norm("conv", time_strategy="max")
+        tensor([3., 2.])
     """
 
     tables: dict[str, Tensor]
