@@ -229,7 +229,8 @@ class Reinit(WandaDiff):
 
     Widths and kept channels are those of "wanda-diff" with the same options; after the cut `draw_anew` replaces the weights of all
     layers and norms by a fresh initialisation, so that which channels were kept no longer matters, only how many. With
-    `--repair lstsq` the result is what the repair can do on its own, with random features in the place of trained ones.
+    `--repair lstsq` the result is what the repair can do on its own: it fits every layer anew to the dense network's outputs, so
+    trained weights are missing only where it does not reach.
 
     Source: the baseline "reinit" of Diff-Pruning's published code, Fang et al. 2023, arXiv:2305.10924 (there with random channels).
     """
