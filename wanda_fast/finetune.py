@@ -288,6 +288,8 @@ class _Training:
     history: list[dict[str, Any]] = field(default_factory=list)  # validations
     trained_seconds: float = 0.0
     trained_steps: int = 0  # of this process
+    first_steps: int = 0
+    first_seconds: float = 0.0
     writer: Any = None
     _order: tuple[int, Tensor] | None = None
 
@@ -600,7 +602,7 @@ class _Training:
         if self.trained_steps:  # the first stretch holds compilation and the choice of algorithms
             self.trained_seconds += seconds
         else:
-            self.skipped = steps
+            self.first_steps = steps
             self.first_seconds = seconds
         self.trained_steps += steps
         bar.set_postfix({k: f"{v:.4g}" for k, v in means.items()} | {"images/s": f"{rate:.3g}"}, refresh=False)
@@ -608,9 +610,11 @@ class _Training:
 
     @property
     def images_per_second(self) -> float | None:
-        """Over the steps of this process, without the first stretch of the log."""
-        counted = self.trained_steps - getattr(self, "skipped", 0)
-        return counted * self.options.batch_size / self.trained_seconds if counted and self.trained_seconds else None
+        """Over the steps of this process, without the first stretch of the log where there are more."""
+        counted, seconds = self.trained_steps - self.first_steps, self.trained_seconds
+        if not counted:
+            counted, seconds = self.first_steps, self.first_seconds
+        return counted * self.options.batch_size / seconds if counted and seconds else None
 
     # ------------------------------------------------------------------------------------------------------ validation
 
@@ -755,7 +759,7 @@ class _Training:
             "steps": self.step,
             "images_seen": self.step * self.options.batch_size,
             "images_per_second": None if rate is None else round(rate, 1),
-            "first_seconds": round(getattr(self, "first_seconds", 0.0), 2),
+            "first_seconds": round(self.first_seconds, 2),
             "peak_memory_bytes": peak_memory(self.device),
             "validation": self.history,
             "device": _device_name(self.device),

@@ -24,7 +24,7 @@ from wanda_fast.errors import UserError
 
 PROGRAM = "wanda-fast"
 DISTRIBUTED = ("prune", "sample")  # commands that several processes can share
-COMMANDS = ("prune", "sample", "finetune", "evaluate", "fid", "analyze", "compare")
+COMMANDS = ("prune", "sample", "finetune", "export", "evaluate", "fid", "analyze", "compare")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
