@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,7 @@ class PruneOptions:
         time_strategy, activation_strategy, target_steps: see `wanda_fast.stats`.
         repair: "lstsq" refits the remaining layers in closed form, "bias" folds the mean of what was removed,
             "none" leaves plain pruning.
-        repair_images: noised images of the repair; None for 256 on a CPU and 2048 on a GPU (32 and 128 latents).
+        repair_images: noised images of the repair; None for 256 on a CPU and 4096 on a GPU that holds them (32 and 128 latents).
         load_stats: file of saved statistics, used instead of a calibration.
         plan: file of a saved plan that is replayed.
         device: "cuda", "cpu", …; None for a GPU if there is one.
@@ -527,7 +528,21 @@ class _Run:
             return self.options.repair_images
         if self.conditioned:
             return 128 if self.device.type == "cuda" else 32
-        return 2048 if self.device.type == "cuda" else 256
+        return self._most_images if self.device.type == "cuda" else 256
+
+    @cached_property
+    def _most_images(self) -> int:
+        """4096, or as many as the GPU holds both networks' passes of."""
+        from .lockstep import peak_bytes
+        from .sampling import class_labels, image_shape
+
+        home = next(self.unet.parameters()).device  # the host's memory where the network is kept there
+        x = torch.zeros(1, *image_shape(self.unet), device=home)
+        t = torch.zeros(1, dtype=torch.int64, device=home)
+        labels = class_labels(self.unet, [0], 0, home)
+        each = 2 * peak_bytes(lambda: self.unet(x, t, class_labels=labels))
+        most = int(0.5 * torch.cuda.mem_get_info(self.device)[0] / each)
+        return min(4096, max(256, most // 256 * 256))
 
     def batches(self, n: int, seed_offset: int = 0, batch_size: int | None = None) -> Callable[[], Iterable[Any]]:
         """A function that yields the same (x_t, t, labels) batches each time it is called."""
@@ -897,6 +912,7 @@ class _Run:
         from diffusers import DDPMPipeline
 
         from . import analysis, checkpoint, model_card, run_config, sampling
+        from .repair import save_picture as save_repair_picture
 
         nn.Module.to(self.pruned, self.saved_dtype)
         pruned = self.pruned
@@ -914,6 +930,8 @@ class _Run:
                 if self.options.num_samples > 0:
                     sampling.save_grid(before, folder / "vis" / "before_pruning.png")
                     sampling.save_grid(after, folder / "vis" / "after_pruning.png")
+                if self.repair_report is not None and any(r.error_before for r in self.repair_report.layers):
+                    save_repair_picture(self.repair_report, folder / "vis" / "repair.png", title=self.name)
                 if self.stats is not None:
                     self.stats.save(folder / "activation_stats.safetensors")
                 if analyse:
