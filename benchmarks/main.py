@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import table
-from benchmarks.harness import copy_bandwidth, environment, log, run_case
+from benchmarks.harness import CLOCKS, copy_bandwidth, environment, log, run_case, use_clock
 
 OPERATIONS = ("channel_sq_norm", "wanda_score", "compact", "conv_gram", "calibration_step", "whole_prune")
 FOLDER = Path(__file__).resolve().parent
@@ -47,6 +47,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--no-compile", action="store_true", help="leave out the torch.compile rows, which take seconds each to build"
     )
+    p.add_argument(
+        "--clock", choices=tuple(CLOCKS), default="wall",
+        help="of CPU timings: wall, or process for this process's processor time, on a machine that others use (one thread only)",
+    )  # fmt: skip
     p.add_argument("--seed", type=int, default=0, help="seed of all inputs (default: 0)")
     p.add_argument("--out", type=Path, metavar="FILE.json", help="write environment and rows")
     p.add_argument("--compare", type=Path, metavar="FILE", help="show changes against an earlier --out file")
@@ -63,12 +67,14 @@ def run(
     *,
     seed: int,
     with_compile: bool,
+    clock_name: str = "wall",
     save: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Environment and rows of the chosen operations; `save` gets what there is after each of them."""
     torch.manual_seed(seed)
     env = environment(device, seed)
     env["size"] = size
+    env["clock"] = clock_name
     log("  ".join(f"{k} {v}" for k, v in env.items() if v is not None))
     copy_gbps = copy_bandwidth(device)
     env["copy_gbps"] = round(copy_gbps, 1)
@@ -122,13 +128,16 @@ def main(argv: list[str] | None = None) -> int:
         torch.cuda.set_device(device)
     if args.out is not None and not args.out.resolve().parent.is_dir():
         p.exit(2, f"bench.py: --out {args.out}: its folder does not exist\n")
+    if args.clock == "process" and (device.type != "cpu" or torch.get_num_threads() != 1):
+        p.exit(2, "bench.py: --clock process: only on the CPU with one thread (OMP_NUM_THREADS=1)\n")
+    use_clock(args.clock)
     size = "quick" if args.quick else "full" if args.full else "default"
 
     def save(found: dict[str, Any]) -> None:
         if args.out is not None:
             args.out.write_text(json.dumps(found, indent=1) + "\n")
 
-    result = run(args.op or operations(), device, size, seed=args.seed, with_compile=not args.no_compile, save=save)
+    result = run(args.op or operations(), device, size, seed=args.seed, with_compile=not args.no_compile, clock_name=args.clock, save=save)
     log("")
     log(table.text(result["rows"]))
     if args.out is not None:
