@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import compact as compaction
-from . import distributed, ops
+from . import distributed, latency, ops
 from .calibrate import TABLE_LIMIT, table_memory
 from .errors import UserError
 from .importance import COMBINATIONS, CRITERIA, Context, draw_anew, get_criterion, slot_scores
@@ -66,6 +66,10 @@ class PruneOptions:
             of the MACs as well. Used when no budget is given.
         target_macs: MACs budget, a number ("3.4G") or a share of the dense network's ("56%").
         target_params: parameter budget, likewise.
+        target_latency: share of the dense network's measured time, such as "0.6x": widths are chosen from a table of layer times on
+            this device, and whole networks are timed until one is within it, see `wanda_fast.latency`.
+        latency_mode: "compiled" or "eager": how these networks are timed. Compiling takes up to a minute for each.
+        latency_batch: images per forward pass of these timings; None for 16 on a CPU and 256 on a GPU.
         pruner: name of a criterion, see `wanda_fast.importance`.
         thr: of "diff-pruning": timesteps count whose loss is over this share of the largest one, 0 ≤ thr < 1.
         layout: "stock" opens with plain diffusers; "free" has one width per slot and opens with `load_pruned`.
@@ -103,6 +107,9 @@ class PruneOptions:
     ratio: float = 0.3
     target_macs: str | float | None = None
     target_params: str | float | None = None
+    target_latency: str | float | None = None
+    latency_mode: str = "compiled"
+    latency_batch: int | None = None
     pruner: str = "wanda-diff"
     thr: float = 0.05
     layout: str = "stock"
@@ -145,8 +152,10 @@ class PruneOptions:
 
         if not (isinstance(self.ratio, (int, float)) and 0 <= self.ratio < 1):
             raise UserError(f"the ratio is the share of channels removed, 0 <= ratio < 1; got {self.ratio}")
-        if self.target_macs is not None and self.target_params is not None:
-            raise UserError("give a MACs target or a parameter target, not both")
+        if sum(t is not None for t in (self.target_macs, self.target_params, self.target_latency)) > 1:
+            raise UserError("give one target: MACs, parameters or latency")
+        if self.target_latency is not None:
+            latency.parse_latency(self.target_latency)
         for what, budget in (("target_macs", self.target_macs), ("target_params", self.target_params)):
             if budget is not None:
                 parse_budget(budget, 1_000_000_000, what)
@@ -165,6 +174,7 @@ class PruneOptions:
             ("time strategy", self.time_strategy, stats.TIME_STRATEGIES),
             ("activation strategy", self.activation_strategy, stats.ACTIVATION_STRATEGIES),
             ("backend", self.backend, ops.BACKENDS),
+            ("latency mode", self.latency_mode, latency.MODES),
         ]
         for what, value, known in choices:
             if value not in known:
@@ -182,8 +192,9 @@ class PruneOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
                 raise UserError(f"{name} must be a whole number of at least {least}; got {value}")
-        if self.repair_images is not None and self.repair_images < 1:
-            raise UserError(f"repair_images must be at least 1; got {self.repair_images}")
+        for name in ("repair_images", "latency_batch"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.dtype is not None and self.dtype not in _DTYPE_NAMES:
             raise UserError(f"unknown dtype {self.dtype!r}; known: {', '.join(_DTYPE_NAMES)}")
         data.check_source(self.dataset, data_dir=self.data_dir)
@@ -319,7 +330,7 @@ def prune(
 
     Example:
         >>> import wanda_fast
-        >>> result = wanda_fast.prune(ratio=0.3, calib_steps=8, repair="none", num_samples=0)
+        >>> result = wanda_fast.prune(ratio=0.3, split="uniform", calib_steps=4, repair="none", num_samples=0, batch_size=2)
         >>> result.report["pruned"]["params"] < result.report["dense"]["params"]
         True
     """
@@ -375,6 +386,7 @@ class _Run:
     quality: dict[str, Any] = field(default_factory=dict)
     repair_report: Any = None
     split_report: dict[str, Any] = field(default_factory=dict)
+    latency_report: dict[str, Any] = field(default_factory=dict)
     conditioned: bool = False
     pipeline_folder: Path | None = None
     unet: Any = None
@@ -388,7 +400,7 @@ class _Run:
     # ------------------------------------------------------------------------------------------------------------ load
 
     def load(self, model: Any) -> None:
-        from . import checkpoint
+        from . import checkpoint, model_card
 
         self.asked_model = str(model) if isinstance(model, (str, Path)) else None
         with self.stages("load"):
@@ -397,6 +409,7 @@ class _Run:
                 self.unet, self.scheduler, self.name = loaded.unet, loaded.scheduler, loaded.name
                 self.bundled, self.source = model is None, loaded.source
                 self.hub_id = str(model) if loaded.source == "hub" else None
+                self.source_card = model_card.of_source(loaded.path, loaded.source)
                 self.saved_dtype = checkpoint.stored_dtype(loaded.path)
                 self.pipeline_folder = checkpoint.pipeline_folder(loaded.path)
                 for note in loaded.notes:
@@ -410,7 +423,7 @@ class _Run:
                 self.unet = nn.Module.to(copy.deepcopy(unet), device=self.device, dtype=torch.float32)
                 self.unet.eval().requires_grad_(False)
                 self.scheduler, self.name, self.bundled = model.scheduler, "model", False
-                self.source, self.hub_id = "memory", None
+                self.source, self.hub_id, self.source_card = "memory", None, {}
             if "pruning" in self.unet.config:
                 raise UserError("this network is already pruned in the free layout; prune its original instead")
             self.log(f"model: {self.name}" + (
@@ -690,19 +703,58 @@ class _Run:
         if split == "sensitivity" and moments > SENSITIVITY_LIMIT:
             self.log(f"split: uniform, since the sensitivity study would hold {moments / 2**30:.0f} GiB of second moments")
             split = "uniform"
-        if split == "uniform":
-            widths = uniform_widths(problem, self.target)
+        damage = None if split == "uniform" else self._damage(unet, slots, problem, scores)
+
+        def choose(problem: WidthProblem, target: Target) -> tuple[SlotMap, Any, PruningPlan]:
+            widths = uniform_widths(problem, target) if damage is None else sensitive_widths(problem, target, damage)
+            needed, final, final_costs = shortcuts, slots, costs
+            if shortcuts:
+                needed, _, final, final_costs, widths = self._drop_idle_shortcuts(shortcuts, slots, widths)
+            plan = build_plan(
+                final, widths, {n: scores[n] for n in final.slots}, self.unet.config, layout=o.layout,
+                norm_policy=o.norm_policy, identity_shortcuts=needed,
+            )  # fmt: skip
+            return final, final_costs, plan
+
+        if o.target_latency is None:
+            self.slots, self.costs, self.plan = choose(problem, self.target)
         else:
-            damage = self._damage(unet, slots, problem, scores)
-            widths = sensitive_widths(problem, self.target, damage)
-        if shortcuts:
-            shortcuts, unet, slots, costs, widths = self._drop_idle_shortcuts(shortcuts, slots, widths)
-            scores = {n: scores[n] for n in slots.slots}
-        self.slots, self.costs = slots, costs
-        self.plan = build_plan(
-            slots, widths, scores, self.unet.config, layout=o.layout, norm_policy=o.norm_policy,
-            identity_shortcuts=shortcuts,
-        )  # fmt: skip
+            self.slots, self.costs, self.plan = self._by_latency(unet, problem, choose)
+
+    def _by_latency(self, unet: nn.Module, problem: WidthProblem, choose: Callable[[WidthProblem, Target], Any]) -> Any:
+        """Widths by measured time: a table of layer times for the search, whole networks timed to hold it to."""
+        from . import evaluation
+
+        o = self.options
+        batch = o.latency_batch or (256 if self.device.type == "cuda" else 16)
+        asked = latency.parse_latency(str(o.target_latency))
+        timed: dict[str, Any] = {}
+
+        def pass_(network: nn.Module) -> None:
+            evaluation._speed_run(network, network, batch, self.device, self.dtype)()
+
+        twin = nn.Module.to(nn.Module.to(copy.deepcopy(unet), self.dtype), memory_format=torch.channels_last)
+        model = latency.measure_layers(twin, problem.slots, problem.costs, pass_, dtype=self.dtype)
+        del twin
+        by_time = replace(problem, costs=model)  # type: ignore[arg-type]  # has the form of one
+
+        def measure(candidate: Any) -> float:
+            thin = compaction.compact(self.unet, candidate[2], backend=_backend_of("compact"))
+            compiled = o.latency_mode == "compiled"
+            found = evaluation.speed(thin, self.unet, steps=1, batch_size=batch, dtype=self.dtype, compiled=compiled)
+            timed.update(found)
+            thin_s, dense_s = found["forward_seconds"], found["forward_seconds_reference"]
+            self.log(f"latency: {thin_s * 1e3:.2f} of the dense network's {dense_s * 1e3:.2f} ms ({found['mode']}, {batch} images)")
+            return thin_s / dense_s
+
+        dense = by_time.sizes({})[1]
+        best, found = latency.search(asked, dense, lambda budget: choose(by_time, Target(macs=budget)), measure)
+        self.log(found.describe())
+        self.latency_report = {
+            "asked": asked, "measured": found.share, "met": found.met, "rounds": found.rounds, "mode": timed["mode"],
+            "batch_size": batch, "layers": {k: [list(p) for p in v] for k, v in model.table.items()},
+        }  # fmt: skip
+        return best
 
     def _drop_idle_shortcuts(self, shortcuts: list[str], slots: SlotMap, widths: dict[str, int]) -> Any:
         """Stock diffusers has no `conv_shortcut` where both sides kept the same width: take those out again."""
@@ -814,10 +866,14 @@ class _Run:
                 o.batch_size, what="the noise error", say=self.log,
             )  # fmt: skip
             self.quality["noise_mse"], self.quality["noise_mse_relative"] = error.mse, error.relative
-            dense_s, pruned_s = evaluation.paired_forward_seconds(
-                self.unet, self.pruned, batch_size=min(o.batch_size, 16), device=self.device, dtype=self.dtype
-            )
-            self.quality["forward_seconds"] = {"dense": dense_s, "pruned": pruned_s, "batch_size": min(o.batch_size, 16)}
+
+            def timed(size: int) -> dict[str, Any]:
+                dense_s, pruned_s = evaluation.paired_forward_seconds(
+                    self.unet, self.pruned, batch_size=size, device=self.device, dtype=self.dtype
+                )
+                return {"dense": dense_s, "pruned": pruned_s, "batch_size": size}
+
+            self.quality["forward_seconds"] = in_smaller_batches(timed, min(o.batch_size, 16), what="the timing", say=self.log)
 
     # ------------------------------------------------------------------------------------------------------------ finish
 
@@ -832,6 +888,8 @@ class _Run:
             asked = {"target_macs": self.target.macs, "given_as": str(o.target_macs)}
         elif self.target.params is not None:
             asked = {"target_params": self.target.params, "given_as": str(o.target_params)}
+        elif o.target_latency is not None:
+            asked = {"target_latency": latency.parse_latency(o.target_latency), "given_as": str(o.target_latency)}
         if o.plan is not None:
             asked = {"plan": Path(o.plan).name}
         settings = asdict(o)
@@ -852,6 +910,7 @@ class _Run:
             "network": base_class(self.unet),
             "source": self.source,
             "base_model": self.hub_id,
+            "source_card": self.source_card,
             "asked": asked,
             "reached": {"ratio": round(removed, 6), "params": self.pruned_params, "macs": self.pruned_macs},
             "dense": {"params": self.dense_params, "macs": self.dense_macs},
@@ -882,6 +941,8 @@ class _Run:
             report["quality"] = self.quality
         if self.split_report:
             report["sensitivity"] = self.split_report
+        if self.latency_report:
+            report["latency"] = self.latency_report
         if self.repair_report is not None:
             report["repair"] = self.repair_report.to_dict()
         if self.stats is not None:
@@ -901,7 +962,7 @@ class _Run:
     def _config(self, analyse: bool) -> tuple[dict[str, Any], str]:
         """Options that repeat this run from the command line, and what a file cannot say."""
         values = {"model": self.asked_model, **asdict(self.options), "analyze": analyse or None}
-        if any(values[name] is not None for name in ("target_macs", "target_params", "plan")):
+        if any(values[name] is not None for name in ("target_macs", "target_params", "target_latency", "plan")):
             del values["ratio"]
         note = "The model was one in memory: add --model." if self.source == "memory" else ""
         return values, note

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from wanda_fast.cli.parser import Parser, share, whole
 from wanda_fast.cli.terminal import Terminal, change, seconds, si, table
 from wanda_fast.errors import UserError
+from wanda_fast.publish import PublishError, check_repo_id, push
 
 if TYPE_CHECKING:
     from wanda_fast.pruning import PruneResult
@@ -34,7 +35,7 @@ _OPTION = {
     "wanda_activation_strategy": "activation_strategy",
 }
 # Arguments that are no fields of PruneOptions.
-_OTHER = ("model", "save_path", "overwrite", "dry_run", "analyze", "save_analysis", "json", "quiet", "help")
+_OTHER = ("model", "save_path", "overwrite", "push_to_hub", "dry_run", "analyze", "save_analysis", "json", "quiet", "help")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -46,6 +47,9 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument("--save_path", "--out", dest="save_path", metavar="FOLDER",
         help="folder to write, in one step at the end (default: run/<model>-<pruner>-<ratio>)")  # fmt: skip
     group.add_argument("--overwrite", action="store_true", help="replace a folder that exists and is not empty")
+    group.add_argument("--push_to_hub", metavar="OWNER/NAME",
+        help="upload the folder, model card included, to this repository of the Hugging Face hub (token: hf auth login, or "
+        "HF_TOKEN); where that fails the folder is kept")  # fmt: skip
     group.add_argument("--dry_run", action="store_true", help="print the plan and the sizes, write nothing")
     group.add_argument("--layout", choices=("stock", "free"), default="stock",
         help="stock: opens with plain diffusers; free: a width for every slot, opens with wanda_fast.load_pruned "
@@ -60,6 +64,9 @@ def add_arguments(parser: Parser) -> None:
         help="budget of multiply-accumulates of one forward pass, such as 3.4G, or a share of the dense network's, "
         "such as 56%%")  # fmt: skip
     how_much.add_argument("--target_params", metavar="N|P%", help="budget of parameters, such as 20M or 56%%")
+    how_much.add_argument("--target_latency", metavar="0.6x",
+        help="budget of measured time: share of the dense network's on this device and batch; widths come from a table of "
+        "layer times")  # fmt: skip
     how_much.add_argument("--plan", metavar="FILE", help="replay the plan in a pruning.json; nothing is scored")
 
     group = parser.add_argument_group("what to remove")
@@ -119,6 +126,10 @@ def add_arguments(parser: Parser) -> None:
         help="noised images of the repair, at least 1 (default: 256 on a CPU, 4096 on a GPU that holds them; 32 and 128 for latents)")  # fmt: skip
 
     group = parser.add_argument_group("running it")
+    group.add_argument("--latency_mode", choices=("compiled", "eager"), default="compiled",
+        help="how --target_latency times networks; compiling takes up to a minute for each (default: compiled)")  # fmt: skip
+    group.add_argument("--latency_batch", type=whole(1), default=None, metavar="N",
+        help="images per pass of these timings (default: 16 on a CPU, 256 on a GPU)")  # fmt: skip
     group.add_argument("--device", metavar="DEVICE", help="cuda, cuda:1, cpu, ... (default: cuda if there, else cpu)")
     group.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "float32", "bfloat16", "float16"), default=None,
         help="number format of calibration and sampling; the weights keep the model's own (default: fp32)")  # fmt: skip
@@ -160,6 +171,10 @@ def run(args: argparse.Namespace, out: Terminal) -> int:
     """Prune as asked, print the result."""
     if args.dry_run and (args.analyze or args.save_analysis):
         raise UserError("--dry_run writes nothing, so there is no analysis to save")
+    if args.push_to_hub is not None:
+        if args.dry_run:
+            raise UserError("--dry_run writes nothing, so there is nothing to upload")
+        check_repo_id(args.push_to_hub)
     analysis = None if args.save_analysis is None else _analysis_target(args.save_analysis, args.overwrite)
     target = Path(args.save_path) if args.save_path is not None else default_folder(args)
     options = {name: value for name, value in vars(args).items() if name not in _OTHER}
@@ -181,8 +196,20 @@ def run(args: argparse.Namespace, out: Terminal) -> int:
         return 0
     if analysis is not None:
         _save_analysis(result, analysis)
-    out.json({**result.report, "path": None if result.path is None else str(result.path)})
+    uploaded: str | PublishError | None = None
+    if args.push_to_hub is not None:
+        assert result.path is not None  # this is no dry run
+        try:
+            uploaded = push(result.path, args.push_to_hub)
+        except PublishError as error:  # the result is printed before that
+            uploaded = error
+    address = {"uploaded": uploaded} if isinstance(uploaded, str) else {}
+    out.json({**result.report, "path": None if result.path is None else str(result.path), **address})
     out.result(dry_report(result) if args.dry_run else full_report(result))
+    if isinstance(uploaded, PublishError):
+        raise uploaded
+    if uploaded is not None:
+        out.result(f"uploaded to {uploaded}")
     return 0
 
 
@@ -203,6 +230,8 @@ def default_folder(args: argparse.Namespace) -> Path:
         parts = [model, args.pruner, f"macs{args.target_macs}"]
     elif args.target_params is not None:
         parts = [model, args.pruner, f"params{args.target_params}"]
+    elif args.target_latency is not None:
+        parts = [model, args.pruner, f"latency{args.target_latency}"]
     else:
         parts = [model, args.pruner, f"{0.3 if args.ratio is None else args.ratio:g}"]
     name = "-".join(p for p in parts if p).replace("%", "pct")
@@ -263,6 +292,11 @@ def _asked(report: dict[str, Any]) -> str:
     if "target_macs" in asked:
         return f"asked: at most {si(asked['target_macs'], 'MACs')} ({asked['given_as']}); reached: " \
             f"{si(reached['macs'], 'MACs')}, {ratio}"  # fmt: skip
+    if "target_latency" in asked:
+        found = report["latency"]
+        missed = "" if found["met"] else " (MISSED)"
+        return f"asked: at most {asked['target_latency']:g}x of the dense network's time; measured: {found['measured']:.3f}x{missed} " \
+            f"({found['mode']}, {found['batch_size']} images); {ratio}"  # fmt: skip
     if "target_params" in asked:
         return f"asked: at most {si(asked['target_params'])} parameters ({asked['given_as']}); reached: " \
             f"{si(reached['params'])}, {ratio}"  # fmt: skip
