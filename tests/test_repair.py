@@ -201,7 +201,7 @@ def test_bias_moves_the_mean_alone() -> None:
 
 
 def test_bias_is_taken_back_where_the_network_gets_worse() -> None:
-    """A norm after the convolution hears the mean that was put back louder than it was: the error of the output rises."""
+    """Means put back in every layer raise the error of the output here: none of them is kept."""
     from wanda_fast.checkpoint import load_pipeline
     from wanda_fast.data import load_images
 

@@ -850,9 +850,9 @@ class _Run:
 
         A convolution is linear, so this is Σ over removed inputs of mean(x_c) Σ_k W[:, c, k], borders aside.
 
-        Every layer's error falls by it, the network's may rise: what was removed took variance along with the mean, a norm
-        that follows divides by the smaller deviation, and the mean that was put back comes out too large. So all of it is
-        taken back where the predicted noise is no nearer to the dense one afterwards.
+        Every layer's error falls by it, the network's may rise (a likely reason: what was removed took variance along with
+        the mean, a norm that follows divides by the smaller deviation, and the mean that was put back comes out too large).
+        So all of it is taken back where the predicted noise is no nearer to the dense one afterwards.
         """
         before = self.output_error()
         old = {n: m.bias.detach().clone() for n in self.layers if (m := self.modules[n]).bias is not None}
