@@ -11,6 +11,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+_CARD_BYTES = 1 << 20  # a longer file is no model card
 _METHODS = {
     "wanda-diff": "S = |W| * ||X||_2 with activation norms over diffusion timesteps",
     "magnitude": "the sum of |W|",
@@ -28,8 +29,12 @@ def write(folder: str | Path, report: dict[str, Any]) -> None:
     Path(folder, "README.md").write_text(text(report), encoding="utf-8")
 
 
-def text(report: dict[str, Any]) -> str:
-    """The model card as Markdown with YAML front matter."""
+def text(report: dict[str, Any], repo_id: str | None = None) -> str:
+    """The model card as Markdown with YAML front matter.
+
+    Args:
+        repo_id: the hub repository that it is read in; None for a folder on a disk.
+    """
     settings, versions = report["settings"], report["versions"]
     name = report["model"]
     quality = report.get("quality", {})
@@ -44,7 +49,7 @@ def text(report: dict[str, Any]) -> str:
         _table(report, quality),
         _quality_note(report, quality),
         "## Use",
-        _usage(report),
+        _usage(report, repo_id),
         "## How it was made",
         "```bash\n" + command(report) + "\n```",
         f"wanda_fast {versions['wanda_fast']}, torch {versions['torch']}, diffusers {versions['diffusers']}, "
@@ -62,11 +67,12 @@ def command(report: dict[str, Any]) -> str:
     words = ["wanda-fast", "prune"]
     if report.get("source") != "bundled":
         words += ["--model", report.get("base_model") or report["model"]]
-    skip = {"ratio"} if settings["target_macs"] or settings["target_params"] or settings["plan"] else set()
+    budget = settings["target_macs"] or settings["target_params"] or settings["target_latency"] or settings["plan"]
+    skip = {"resume", "ratio"} if budget else {"resume"}
     for option, value in settings.items():
         if option in skip or value is None or (option != "ratio" and value == getattr(defaults, option)):
             continue
-        words += [f"--{option}", str(value)]
+        words += [f"--{option}"] if value is True else [f"--{option}", str(value)]
     return " ".join(shlex.quote(w) for w in words)
 
 
@@ -88,6 +94,7 @@ def _front_matter(report: dict[str, Any]) -> str:
         "pipeline_tag": _task(report),
         "tags": ["pruning", "structured-pruning", "wanda", "ddpm", "diffusion"],
     }
+    data |= report.get("source_card", {})
     if report.get("base_model"):
         data["base_model"] = report["base_model"]
     if metrics:
@@ -100,6 +107,33 @@ def _front_matter(report: dict[str, Any]) -> str:
             }],
         }]  # fmt: skip
     return "---\n" + yaml.safe_dump(data, sort_keys=False, allow_unicode=True) + "---"
+
+
+def of_source(folder: Path, source: str) -> dict[str, Any]:
+    """What a pruned model takes over from the model card of the dense one: license and base model.
+
+    Args:
+        folder: the dense model's.
+        source: "bundled" (which is under this package's license), "folder" or "hub".
+    """
+    import yaml
+
+    if source == "bundled":
+        return {"license": "apache-2.0"}
+    card = folder / "README.md"
+    if folder.name in ("unet", "transformer") and not card.is_file():
+        card = folder.parent / "README.md"
+    try:
+        if card.stat().st_size > _CARD_BYTES:
+            return {}
+        parts = card.read_text(encoding="utf-8").split("---\n", 2)
+        data = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    if not isinstance(data, dict):
+        return {}
+    kept = ("license", "license_name", "license_link", "base_model")
+    return {k: data[k] for k in kept if isinstance(data.get(k), str) and "\n" not in data[k] and len(data[k]) < 200}
 
 
 def _task(report: dict[str, Any]) -> str:
@@ -144,20 +178,23 @@ def _quality_note(report: dict[str, Any], quality: dict[str, Any]) -> str:
     return " ".join(notes)
 
 
-def _usage(report: dict[str, Any]) -> str:
+def _usage(report: dict[str, Any], repo_id: str | None) -> str:
+    place = repo_id or "FOLDER"
+    local = f'huggingface_hub.snapshot_download("{repo_id}")' if repo_id else '"FOLDER"'
+    more = "import huggingface_hub\n" if repo_id else ""
     network = report.get("network", "UNet2DModel")
     if network != "UNet2DModel":
         return (
-            f'```python\nimport wanda_fast\n\nmodel = wanda_fast.load_pruned("FOLDER")\n```\n\nThis is the pipeline, or the '
+            f"```python\n{more}import wanda_fast\n\nmodel = wanda_fast.load_pruned({local})\n```\n\nThis is the pipeline, or the "
             f"`Pruned{network}` where the folder holds nothing else. Inside its blocks the widths differ from layer to layer, "
             "which the constructors of diffusers cannot express, so the package `wanda_fast` is needed to open it; with "
             "`import wanda_fast` the pipelines' own `from_pretrained` open it as well."
         )
     if report["plan"]["layout"] == "stock":
-        body = 'from diffusers import DDPMPipeline\n\npipeline = DDPMPipeline.from_pretrained("FOLDER")'
+        body = 'from diffusers import DDPMPipeline\n\npipeline = DDPMPipeline.from_pretrained("' + place + '")'
         note = "Plain diffusers opens this folder; the package that made it is not needed."
     else:
-        body = 'import wanda_fast\n\npipeline = wanda_fast.load_pruned("FOLDER")'
+        body = f"{more}import wanda_fast\n\npipeline = wanda_fast.load_pruned({local})"
         note = (
             "Its widths differ from slot to slot, which the constructor of diffusers' `UNet2DModel` cannot express (it knows "
             "one width per level), so the package `wanda_fast` is needed to open it."
