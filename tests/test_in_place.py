@@ -118,3 +118,21 @@ def test_bad_input_is_refused() -> None:
     broken.get_submodule("down_blocks.0.resnets.0.conv1").weight.fill_(float("nan"))
     with pytest.raises(RuntimeError, match=layer):
         prune_in_place(broken, plan, batches_for(network))
+
+
+def test_the_benchmark_of_the_large_model(tmp_path: Any, monkeypatch: Any) -> None:
+    """Its dry run, and the whole of it on a small network."""
+    import json
+    import sys
+
+    from benchmarks import large_model
+
+    sizes = large_model.dry_run(large_model.SMALL, "60%")
+    assert sizes["pruned"]["macs_share"] <= 0.6 < sizes["pruned"]["macs_share"] + 0.1
+    out = tmp_path / "result.json"
+    words = f"large_model --size small --device cpu --dtype fp32 --calib 4 --batch_size 4 --repair_images 8 --out {out}"
+    monkeypatch.setattr(sys, "argv", words.split())
+    large_model.main()
+    result = json.loads(out.read_text())
+    assert sum(stage.get("share", 0) for stage in result["stages"].values()) == pytest.approx(1)
+    assert result["repair"]["images"] == 8 and result["repair"]["layers"] == sizes["slots"]
