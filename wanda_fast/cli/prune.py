@@ -49,7 +49,7 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument("--overwrite", action="store_true", help="replace a folder that exists and is not empty")
     group.add_argument("--push_to_hub", metavar="OWNER/NAME",
         help="upload the folder, model card included, to this repository of the Hugging Face hub (token: hf auth login, or "
-        "HF_TOKEN); where that fails the folder is kept")  # fmt: skip
+        "HF_TOKEN); where that fails the folder is kept (default: no upload)")  # fmt: skip
     group.add_argument("--dry_run", action="store_true", help="print the plan and the sizes, write nothing")
     group.add_argument("--layout", choices=("stock", "free"), default="stock",
         help="stock: opens with plain diffusers; free: a width for every slot, opens with wanda_fast.load_pruned "
