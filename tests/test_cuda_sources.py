@@ -183,6 +183,10 @@ def test_tables_of_every_capacity(emulated: Any, count: int) -> None:
     keep = torch.tensor([0, 2, 5])
     results = emulated.compact_shared(tensors, [keep] * count, [None] * count)
     assert all(torch.equal(r, t[keep]) for r, t in zip(results, tensors, strict=True))
+    half = [torch.float32 if i % 3 else torch.bfloat16 for i in range(count)]  # moved and cast tensors in one call, in any order
+    tensors = [t.to(d) for t, d in zip(tensors, half, strict=True)]
+    results = emulated.compact_shared(tensors, [keep] * count, [None] * count, torch.bfloat16)
+    assert all(torch.equal(r, t[keep].bfloat16()) for r, t in zip(results, tensors, strict=True))
 
 
 @pytest.mark.parametrize("bad", [-1, 6])
