@@ -37,7 +37,7 @@ BEGIN, END = "<!-- quality table: begin -->", "<!-- quality table: end -->"
 MAIN_BUDGET = "56.3%"
 BUDGETS = ("76%", MAIN_BUDGET, "39.6%", "24.8%")
 OURS = "wanda-diff"
-RIVALS = ("magnitude", "taylor", "diff-pruning", "random", "reinit")
+RIVALS = ("magnitude", "wanda-fluctuation", "lstsq-residual", "taylor", "diff-pruning", "random", "reinit")
 TORCH_PRUNING = tuple(f"torch-pruning {name}" for name in ("magnitude", "taylor", "random"))
 GRID_RATIOS = (0.2, 0.3, 0.5)
 Row = dict[str, Any]
@@ -220,7 +220,7 @@ class Bench:
                 source = Path(args.real).name.removesuffix(".npz")
                 self.real = features.feature_stats(self.extractor, images, batch_size=self.args.feature_batch, source=source)
         with clock(f"dense samples of {self.model}"):
-            self.dense_images = self.sample(self.unet, args.samples).to(self.device)
+            self.dense_images = self.dense_samples().to(self.device)
         self.dense_stats = self.statistics(self.dense_images)
         self.held_out = images[_evenly(len(images), args.noise_images)] if images is not None else self.dense_images.cpu()
         self.held_out_source = "real images" if images is not None else "the dense network's own samples"
@@ -230,6 +230,20 @@ class Bench:
             with clock("the same in exact float32, for the floor of the number format"), features._exact_float32():
                 exact = self.sample(self.unet, count, exact=True).to(self.device)
             self.floor = evaluation.ssim(self.dense_images[:count], exact)
+
+    def dense_samples(self) -> Tensor:
+        """The dense network's samples, kept in the cache for other processes and later runs."""
+        from safetensors.torch import load_file, save_file
+
+        from wanda_fast.resume import write_whole
+
+        args = self.args
+        file = self.cache / f"dense-{self.model}-{args.samples}-{args.steps}-{args.seed}-{args.precision}-{args.batch_size}.safetensors"
+        if file.is_file():
+            return load_file(file)["images"]
+        images = self.sample(self.unet, args.samples)
+        write_whole(file, lambda name: save_file({"images": images}, name))
+        return images
 
     def sample(self, unet: nn.Module, n: int, seed: int | None = None, exact: bool = False) -> Tensor:
         """Samples with the weights and activations in the precision of this run."""
@@ -583,7 +597,49 @@ def chosen(args: argparse.Namespace) -> Iterator[Config]:
         if args.max_rows is not None and count >= args.max_rows:
             return
         count += 1
-        yield config
+        if args.rows is None or count - 1 in args.rows:
+            yield config
+
+
+def numbers(text: str) -> set[int]:
+    """{0, 3, 4, 5} from "0,3-5"."""
+    found: set[int] = set()
+    try:
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            found |= set(range(int(first), int(last or first) + 1))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"numbers such as 0,3-5 are expected; got {text}") from None
+    return found
+
+
+def merge(files: Sequence[Path], out: Path) -> None:
+    """Put the rows of several files of one protocol into one, in the order of `configurations`; the first of equal rows counts.
+
+    Raises:
+        Refused: a file is missing, or its protocol differs.
+    """
+    merged: dict[str, Any] | None = None
+    for file in files:
+        found = read_results(file)
+        if found is None:
+            raise Refused(f"{file}: no such file")
+        if merged is None:
+            merged = found
+            continue
+        differs = same_protocol(merged["protocol"], found["protocol"])
+        if differs:
+            raise Refused(f"{file}: measured by another protocol ({differs})")
+        there = {key(row): row for row in merged["rows"]}
+        for row in found["rows"]:
+            if key(row) in there:  # compiled speeds may have been added to one of them
+                there[key(row)] |= {k: v for k, v in row.items() if k not in there[key(row)]}
+            else:
+                merged["rows"].append(row)
+    assert merged is not None
+    place = {config: i for i, config in enumerate(configurations())}
+    merged["rows"].sort(key=lambda row: (row["model"], place.get(Config(**{k: row[k] for k in asdict(Config(""))}), len(place))))
+    write_results(out, merged)
 
 
 def one_line(row: Row, seconds: float) -> str:
@@ -805,6 +861,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--speed_batch", type=int, help="of the speed (default: 256, 8)")
     p.add_argument("--seed", type=int, default=0, help="of the samples (default: 0); the rows' seeds are those of calibration and repair")
     p.add_argument("--pruner", action="append", help="only rows of this criterion; may be repeated")
+    p.add_argument("--rows", type=numbers, metavar="0,3-5", help="only these rows of the order, counted from 0")
+    p.add_argument("--merge", type=Path, nargs="+", metavar="FILE.json", help="put the rows of several files into --out; nothing is measured")
     p.add_argument("--max_rows", type=int, help="only the first rows of the order")
     p.add_argument("--budget_seconds", type=float, help="start no row that would end after this time")
     p.add_argument("--strict", action="store_true", help="stop at a row that fails, instead of going on with the next")
@@ -821,6 +879,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args = parser().parse_args(argv)
     try:
+        if args.merge:
+            merge(args.merge, args.out)
+            return 0
         if args.grids:
             log(f"wrote {args.folder.name}/{grids(args).name}")
             return 0

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
+from networks import PLAIN, random_unet
+from runs import ROOT, tree
 from safetensors.torch import load_file
 
-from tests.networks import PLAIN, random_unet
-from tests.runs import ROOT, tree
 from wanda_fast import distributed, resume
 from wanda_fast.distributed import Ranks
 from wanda_fast.errors import UserError

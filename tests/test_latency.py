@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
+from networks import PLAIN, random_unet
 from torch import nn
 
-from tests.networks import PLAIN, random_unet
 from wanda_fast import latency
 from wanda_fast.compact import compact, cost_model
 from wanda_fast.errors import UserError

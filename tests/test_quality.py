@@ -229,3 +229,21 @@ def test_grids(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "--repair_images", "16", "--columns", "4", "--folder", str(tmp_path)]) == 0  # fmt: skip
     picture = Image.open(tmp_path / "grid-tiny.png")
     assert picture.height == (8 + 2) * 8 * 2 - 2 * 8 and picture.width > 4 * 8 * 8
+
+
+def test_rows_by_number_and_files_put_together(tmp_path: Path) -> None:
+    assert quality.numbers("0,3-5") == {0, 3, 4, 5}
+    args = quality.parser().parse_args(["--rows", "0,2"])
+    assert [str(c) for c in quality.chosen(args)] == [str(quality.configurations()[i]) for i in (0, 2)]
+    head = {"env": {"torch": "x"}, "protocol": {"samples": 8}}
+
+    def rows(*numbers: int) -> list[dict[str, Any]]:
+        return [{"model": "m", **asdict(quality.configurations()[i]), "fd": float(i)} for i in numbers]
+
+    for name, content in (("a", rows(2, 0)), ("b", rows(1, 2))):
+        (tmp_path / name).write_text(json.dumps({**head, "rows": content}))
+    quality.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
+    assert [row["fd"] for row in json.loads((tmp_path / "c").read_text())["rows"]] == [0.0, 1.0, 2.0]
+    (tmp_path / "b").write_text(json.dumps({**head, "protocol": {"samples": 9}, "rows": []}))
+    with pytest.raises(quality.Refused, match="another protocol"):
+        quality.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
