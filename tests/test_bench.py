@@ -131,6 +131,7 @@ def test_program_writes_compares_and_draws(tmp_path: Path) -> None:
         (["--compare", "no_such_file.json"], "cannot read"),
         (["--op", "nothing"], "invalid choice"),
         (["--quick", "--full"], "not allowed"),
+        (["--clock", "process", "--device", "meta"], "only cpu and cuda"),
     ],
 )
 def test_mistakes_end_in_one_line_and_code_2(
@@ -156,6 +157,23 @@ def test_committed_results_are_whole() -> None:
     assert all("error" not in row and row.keys() >= REQUIRED for row in result["rows"])
     assert all("overhead" in row for row in result["rows"] if row["op"] == "calibration_step")
     assert "/" not in "".join(str(v) for v in result["env"].values())
+
+
+def test_committed_cpu_results_are_whole_and_no_row_loses_to_plain_pytorch() -> None:
+    result = json.loads((RESULTS.parent / "cpu.json").read_text())
+    assert result["env"]["device"] == "cpu" and {"cpu", "torch", "commit", "seed", "clock", "threads"} <= result["env"].keys()
+    assert {row["op"] for row in result["rows"]} >= {"channel_sq_norm", "wanda_score", "compact", "conv_gram", "calibration_step"}
+    assert all("error" not in row and row.keys() >= REQUIRED for row in result["rows"])
+    ours = [row for row in result["rows"] if row["backend"] == "cpu" and row["op"] != "calibration_step"]
+    assert ours and all(row["speedup_vs_reference"] > 1 for row in ours)
+
+
+@pytest.mark.parametrize("name", ["wall", "process"])
+def test_clocks_of_cpu_timings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "_clock", harness._clock)
+    harness.use_clock(name)
+    assert harness._clock is harness.CLOCKS[name] and harness.clock() <= harness.clock()
+    assert run_tiny(tiny_case())["ours"]["ms"] > 0
 
 
 def test_readme_table_is_made_from_the_results() -> None:
