@@ -81,7 +81,8 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
     source.write_text(emulated_source((ROOT / "csrc" / "cuda" / "compact.cu").read_text()))
     library = folder / "compact_emulated.so"
     lib = Path(torch.__file__).parent / "lib"
-    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", TARGET, f"-I{ROOT / 'tests'}", f"-I{ROOT / 'csrc' / 'cuda'}", *includes(), str(source), "-o", str(library),
+    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", TARGET, f"-I{ROOT / 'tests'}",
+               f"-I{ROOT / 'csrc' / 'cuda'}", *includes(), str(source), "-o", str(library),
                f"-L{lib}", f"-Wl,-rpath,{lib}", "-ltorch", "-ltorch_cpu", "-lc10"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
