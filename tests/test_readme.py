@@ -44,7 +44,8 @@ def parameter_table() -> str:
         flags = ", ".join(f"`{s}`" for s in action.option_strings)
         value = "" if action.nargs == 0 else " " + ("|".join(action.choices) if action.choices else str(action.metavar))
         meaning = str(action.help).replace("{pruners}", "a registered criterion").replace("%%", "%").replace("<", "&lt;")
-        name = {"analyze": "`analyse`", "save_analysis": "", "push_to_hub": "`publish.push`", "config": "", "json": "", "quiet": "`progress`, `log`", "==SUPPRESS==": ""}
+        name = {"analyze": "`analyse`", "save_analysis": "", "push_to_hub": "`publish.push`",
+                "config": "", "json": "", "quiet": "`progress`, `log`", "==SUPPRESS==": ""}  # fmt: skip
         python = name.get(action.dest, f"`{action.dest}`")
         lines.append(" | ".join(["", flags + value.replace("|", "\\|"), meaning.replace("|", "\\|"), python, ""]).strip())
     return "\n".join(lines) + "\n"
