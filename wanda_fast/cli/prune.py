@@ -123,7 +123,8 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument("--repair", choices=("lstsq", "bias", "none"), default="lstsq",
         help="lstsq: least-squares refit of every layer that remains; bias: biases alone; none (default: lstsq)")  # fmt: skip
     group.add_argument("--repair_images", type=whole(1), default=None, metavar="N",
-        help="noised images of the repair, at least 1 (default: 256 on a CPU, 4096 on a GPU that holds them; 32 and 128 for latents)")  # fmt: skip
+        help="noised images of the repair, at least 1 (default: 256 on a CPU, 4096 on a GPU that holds them; 32 and 128 "
+        "for latents)")  # fmt: skip
 
     group = parser.add_argument_group("running it")
     group.add_argument("--latency_mode", choices=("compiled", "eager"), default="compiled",
