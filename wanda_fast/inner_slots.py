@@ -32,7 +32,8 @@ def is_inner(model: nn.Module) -> bool:
 
 
 def base_class(model: nn.Module) -> str:
-    """Name of the diffusers class of a network, whether it is pruned or not."""
+    """Name of the diffusers class of a network, whether it is pruned or compiled or not."""
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     return type(model).__name__.removeprefix("Pruned")
 
 
