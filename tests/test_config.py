@@ -153,7 +153,7 @@ def test_the_file_that_a_run_writes_repeats_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli("--save_path", "one", *flags(FAST), "--ratio", "0.2", "--seed", "7", "--pruner", "random") == 0
     text = (tmp_path / "one" / "config.yaml").read_text()
-    assert str(tmp_path) not in text and "one" not in text
+    assert str(tmp_path) not in text and "save_path" not in text.split("\n", 1)[1]
     assert cli("--config", "one/config.yaml", "--save_path", "two") == 0
     first, second = (json.loads((tmp_path / name / "pruning.json").read_text()) for name in ("one", "two"))
     assert first["plan"] == second["plan"] and first["settings"] == second["settings"]

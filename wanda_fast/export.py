@@ -236,7 +236,9 @@ def _program(net: nn.Module, unet: Any, place: torch.device, largest: int) -> An
 
 def _write_pt2(program: Any, net: nn.Module, unet: Any, place: torch.device, file: Path) -> None:
     raw = file.with_name("raw.pt2")
-    torch.export.save(program, raw)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about channels-last weights, which it saves all the same
+        torch.export.save(program, raw)
     drop_pickles(raw, file)
     raw.unlink()
 

@@ -14,7 +14,7 @@ from typing import Any
 
 NAME = "config.yaml"
 # Where the result goes and how it is shown; a file that a person writes may hold these too.
-LEFT_OUT = ("save_path", "overwrite", "dry_run", "quiet", "json", "config", "help")
+LEFT_OUT = ("save_path", "overwrite", "resume", "dry_run", "quiet", "json", "config", "help")
 
 
 def text(command: str, options: Mapping[str, Any], note: str = "") -> str:
