@@ -14,7 +14,7 @@ import pytest
 from runs import FAST, ROOT, cli, flags, script, tree
 from runs import one_thread as one_thread
 
-from wanda_fast import importance, ops, plan, pruning, stats
+from wanda_fast import importance, latency, ops, plan, pruning, stats
 from wanda_fast.cli import COMMANDS, main, overview
 from wanda_fast.cli import prune as command
 from wanda_fast.cli.parser import Parser
@@ -62,6 +62,7 @@ def test_choices_are_those_of_the_library():
         "activation_strategy": stats.ACTIVATION_STRATEGIES,
         "repair": pruning.REPAIRS,
         "backend": ops.BACKENDS,
+        "latency_mode": latency.MODES,
         "dtype": choices["dtype"],
     }
     assert set(choices["dtype"]) == set(pruning._DTYPE_NAMES)
@@ -79,7 +80,8 @@ GUIDE = {  # flags of the guide -> (a value, the option it sets)
     "layout": ("free", "layout"), "load_stats": ("x", "load_stats"), "plan": ("x", "plan"),
     "timesteps": ("trajectory", "timesteps"), "split": ("uniform", "split"), "repair": ("bias", "repair"),
     "norm_policy": ("groups", "norm_policy"), "combine": ("producers", "combine"), "repair_images": ("3", "repair_images"),
-    "backend": ("cpu", "backend"),
+    "backend": ("cpu", "backend"), "target_latency": ("0.6x", "target_latency"), "latency_mode": ("eager", "latency_mode"),
+    "latency_batch": ("3", "latency_batch"), "stats_memory": ("64M", "stats_memory"), "thr": ("0.1", "thr"),
 }  # fmt: skip
 
 
@@ -92,7 +94,7 @@ def test_underscores_and_dashes_mean_the_same(flag):
     assert vars(one) != vars(parse(""))
 
 
-@pytest.mark.parametrize("flag", ["wanda_analyze_activations", "dry_run", "overwrite", "json", "quiet"])
+@pytest.mark.parametrize("flag", ["wanda_analyze_activations", "dry_run", "overwrite", "json", "quiet", "resume", "offload"])
 def test_switches_have_both_spellings(flag):
     assert vars(parse(f"--{flag}")) == vars(parse(f"--{flag.replace('_', '-')}")) != vars(parse(""))
 

@@ -66,7 +66,7 @@ def add_arguments(parser: Parser) -> None:
     how_much.add_argument("--target_params", metavar="N|P%", help="budget of parameters, such as 20M or 56%%")
     how_much.add_argument("--target_latency", metavar="0.6x",
         help="budget of measured time: share of the dense network's on this device and batch; widths come from a table of "
-        "layer times")  # fmt: skip
+        "layer times (default: no such budget)")  # fmt: skip
     how_much.add_argument("--plan", metavar="FILE", help="replay the plan in a pruning.json; nothing is scored")
 
     group = parser.add_argument_group("what to remove")
