@@ -64,6 +64,20 @@ def nvcc_version(home: str) -> tuple[int, int]:
     return (int(match.group(1)), int(match.group(2))) if match else (0, 0)
 
 
+def cxx_runtime() -> list[str]:
+    """Link argument for the C++ runtime that torch itself has loaded; empty where it is not known (no Linux).
+
+    A compiler that has no shared libstdc++ links a static one, a second runtime beside torch's. Seen with GCC 13 and torch 2.11: an error
+    thrown here then ended the process with a segmentation fault in place of an exception.
+    """
+    try:
+        with open("/proc/self/maps") as maps:
+            found = {line.split()[-1] for line in maps if re.search(r"/libstdc\+\+\.so[.\d]*$", line.rstrip())}
+    except OSError:
+        return []
+    return sorted(found)[:1]
+
+
 def extension() -> dict[str, object]:
     """`ext_modules` and `cmdclass` for setup(), empty where the extension cannot be built."""
     try:
@@ -108,11 +122,12 @@ def extension() -> dict[str, object]:
     cxx = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi", "-Wno-maybe-uninitialized", define]
 
     def cpu_extension():
-        return cpp_extension.CppExtension("wanda_fast._C", sources, extra_compile_args={"cxx": cxx}, py_limited_api=True)
+        return cpp_extension.CppExtension("wanda_fast._C", sources, extra_compile_args={"cxx": cxx}, extra_link_args=cxx_runtime(),
+                                          py_limited_api=True)  # fmt: skip
 
     def cuda_extension():
         nvcc = ["-std=c++17", "-O3", "--threads=2", define, "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden"]
-        return cpp_extension.CUDAExtension("wanda_fast._C", [*sources, *cuda_sources], py_limited_api=True,
+        return cpp_extension.CUDAExtension("wanda_fast._C", [*sources, *cuda_sources], py_limited_api=True, extra_link_args=cxx_runtime(),
                                            extra_compile_args={"cxx": [*cxx, "-DUSE_CUDA"], "nvcc": nvcc})  # fmt: skip
 
     class BuildExtension(cpp_extension.BuildExtension):
