@@ -103,5 +103,7 @@ def _case(name: str, shape: tuple[int, ...], dtype: torch.dtype, on_gpu: bool) -
             "published": unfolded,
             **{b: functools.partial(_ours, b) for b in (("cuda", "triton") if on_gpu else ("cpu",))},
         },
+        # One float32 product over all rows: rounding grows with the root of their number. The reference adds up a few samples at a time.
+        rounding={"published": 2 * torch.finfo(torch.float32).eps * (n * h * w) ** 0.5},
         info={"shape": list(shape), "result_mib": round(results / 2**20, 2)},
     )
