@@ -334,3 +334,25 @@ def test_damaged_files_end_in_one_line(file: Path, tmp_path_factory: pytest.Temp
         assert "\n" not in str(error) and "damaged.npz" in str(error)
     else:
         assert torch.equal(found.mean, FeatureStats.load(file).mean)
+
+
+def test_lite0_weights_are_read_by_their_place_in_the_file() -> None:
+    """The blocks behind the file's pickle, in the order of the table, each as TensorFlow lays weights out."""
+    from wanda_fast import lite0_weights
+
+    efficientnet = pytest.importorskip("efficientnet_lite_pytorch")
+    like = efficientnet.EfficientNet.from_name("efficientnet-lite0").state_dict()
+    blocks: dict[int, bytes] = {}
+    for block, value in zip(lite0_weights._BLOCK, like.values(), strict=True):
+        stored = value
+        if value.dim() == 4:
+            depthwise = value.shape[1] == 1 and value.shape[2] > 1
+            stored = value.permute(2, 3, 0, 1) if depthwise else value.permute(2, 3, 1, 0)
+        elif value.dim() == 2:
+            stored = value.t()
+        blocks[block] = value.numel().to_bytes(8, "little") + stored.contiguous().numpy().tobytes()
+    blob = b"whatever stands before" + b"".join(blocks[i] for i in range(len(blocks)))
+    read = lite0_weights.read(blob, like)
+    assert list(read) == list(like) and all(torch.equal(read[name], like[name]) for name in like)
+    with pytest.raises(ValueError, match="has not the size"):
+        lite0_weights.read(blob[:-1], like)

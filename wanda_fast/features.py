@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import lite0_weights
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -167,8 +168,7 @@ class EfficientNetLite0(FeatureExtractor):
             raise UserError(f"{file}: not the weights that the package ships (sha256 {digest[:8]}…, not 57934424…).")
         self.weights = digest[:16]
         network = EfficientNet.from_name("efficientnet-lite0")
-        # The package ships a pickle. This very file is known by its hash, and tensors alone are read from it.
-        network.load_state_dict(torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True))
+        network.load_state_dict(lite0_weights.read(blob, network.state_dict()))
         self.network = network.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)
 
     def _resized(self, images: Tensor) -> Tensor:
