@@ -20,7 +20,7 @@ import hashlib
 import heapq
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -384,7 +384,7 @@ def uniform_widths(problem: WidthProblem, target: Target) -> dict[str, int]:
 
 
 def sensitive_widths(
-    problem: WidthProblem, target: Target, damage: Mapping[str, list[float]], *, floor: float = 0.25
+    problem: WidthProblem, target: Target, damage: Mapping[str, list[float]], *, floor: float | Sequence[float] = 0.25
 ) -> dict[str, int]:
     """Widths of least summed damage under the target.
 
@@ -398,18 +398,23 @@ def sensitive_widths(
     Args:
         damage: unit -> damage of each of its options (0 for the whole width), same order as `problem.options`.
         floor: no unit keeps less than this share of its width, unless the target cannot be met otherwise: the damage
-            is estimated for one unit at a time and says too little where almost nothing is left.
+            is estimated for one unit at a time and says too little where almost nothing is left. Of several the first with which
+            the target can be met.
 
     Raises:
         UserError: no legal assignment meets the budget.
     """
     whole = {u: sum(options[-1].values()) for u, options in problem.options.items()}
-    allowed = {
-        u: [i for i, option in enumerate(options) if sum(option.values()) >= floor * whole[u]]
-        for u, options in problem.options.items()
-    }
-    careful = replace(problem, options={u: [problem.options[u][i] for i in allowed[u]] for u in allowed})
-    found = _least_damage(careful, target, {u: [damage[u][i] for i in allowed[u]] for u in allowed})
+    found = None
+    for least in [floor] if isinstance(floor, (int, float)) else floor:
+        allowed = {
+            u: [i for i, option in enumerate(options) if sum(option.values()) >= least * whole[u]]
+            for u, options in problem.options.items()
+        }
+        careful = replace(problem, options={u: [problem.options[u][i] for i in allowed[u]] for u in allowed})
+        found = _least_damage(careful, target, {u: [damage[u][i] for i in allowed[u]] for u in allowed})
+        if found is not None:
+            break
     if found is None:
         found = _least_damage(problem, target, damage)
     if found is None and target.ratio is not None:

@@ -51,6 +51,9 @@ OPERATIONS = ("channel_sq_norm", "wanda_score", "compact", "conv_gram")
 REPAIRS = ("lstsq", "bias", "none")
 TIMESTEPS = ("random", "trajectory")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Least share of a width that the sensitivity split keeps, measured (benchmarks/results/recipe-h200.md): with one width per slot many
+# deep slots would shrink together, which an estimate slot by slot does not see.
+FLOORS: dict[str, tuple[float, ...]] = {"stock": (0.25,), "free": (0.5, 0.375, 0.25)}
 SENSITIVITY_IMAGES = (32, 128)  # noised images of the sensitivity study, on a CPU and on a GPU
 SENSITIVITY_LIMIT = 6 << 30  # bytes of second moments, of conditioned networks
 _DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", **{n: n for n in DTYPES}}
@@ -706,7 +709,10 @@ class _Run:
         damage = None if split == "uniform" else self._damage(unet, slots, problem, scores)
 
         def choose(problem: WidthProblem, target: Target) -> tuple[SlotMap, Any, PruningPlan]:
-            widths = uniform_widths(problem, target) if damage is None else sensitive_widths(problem, target, damage)
+            if damage is None:
+                widths = uniform_widths(problem, target)
+            else:
+                widths = sensitive_widths(problem, target, damage, floor=FLOORS[o.layout])
             needed, final, final_costs = shortcuts, slots, costs
             if shortcuts:
                 needed, _, final, final_costs, widths = self._drop_idle_shortcuts(shortcuts, slots, widths)
