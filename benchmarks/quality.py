@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import table
 from benchmarks.harness import environment, log
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -235,14 +236,15 @@ class Bench:
         """The dense network's samples, kept in the cache for other processes and later runs."""
         from safetensors.torch import load_file, save_file
 
-        from wanda_fast.resume import write_whole
+        from wanda_fast.checkpoint import atomic_file
 
         args = self.args
         file = self.cache / f"dense-{self.model}-{args.samples}-{args.steps}-{args.seed}-{args.precision}-{args.batch_size}.safetensors"
         if file.is_file():
             return load_file(file)["images"]
         images = self.sample(self.unet, args.samples)
-        write_whole(file, lambda name: save_file({"images": images}, name))
+        with atomic_file(file) as temp:
+            save_file({"images": images}, temp)
         return images
 
     def sample(self, unet: nn.Module, n: int, seed: int | None = None, exact: bool = False) -> Tensor:
@@ -349,12 +351,12 @@ class Bench:
 
         batches = held_out_batches(self.unet, self.scheduler, self.held_out, n=self.args.noise_images, seed=self.args.seed,
             batch_size=min(self.args.batch_size, 250), device=self.device)  # fmt: skip
-        table = errors_over_time(unet, self.unet, batches, steps=int(self.scheduler.config.num_train_timesteps))
+        errors = errors_over_time(unet, self.unet, batches, steps=int(self.scheduler.config.num_train_timesteps))
         return {
-            "noise_mse": table[-1]["mse"],
-            "noise_mse_relative": table[-1]["relative"],
-            "noise_mse_over_t": [float(f"{e['mse']:.4g}") for e in table[:-1]],
-            "denoising_loss": table[-1]["loss"],
+            "noise_mse": errors[-1]["mse"],
+            "noise_mse_relative": errors[-1]["relative"],
+            "noise_mse_over_t": [float(f"{e['mse']:.4g}") for e in errors[:-1]],
+            "denoising_loss": errors[-1]["loss"],
         }
 
     def eager_speed(self, unet: nn.Module) -> Row:
@@ -716,10 +718,10 @@ def markdown(results: dict[str, Any]) -> str:
 
 def insert(readme: str, content: str) -> str:
     """`readme` with everything between the two markers replaced."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise Refused(f"README.md must hold each of the lines {BEGIN} and {END} once")
-    head, rest = readme.split(BEGIN)
-    return f"{head}{BEGIN}\n{content}\n{END}{rest.split(END)[1]}"
+    try:
+        return table.insert(readme, content, BEGIN, END)
+    except ValueError as error:
+        raise Refused(str(error)) from error
 
 
 def plot(results: dict[str, Any], folder: Path) -> list[Path]:

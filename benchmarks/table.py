@@ -168,12 +168,12 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def insert(readme: str, content: str) -> str:
+def insert(readme: str, content: str, begin: str = BEGIN, end: str = END) -> str:
     """`readme` with everything between the two markers replaced."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError(f"README.md must hold each of the lines {BEGIN} and {END} once")
-    head, rest = readme.split(BEGIN)
-    return f"{head}{BEGIN}\n{content}\n{END}{rest.split(END)[1]}"
+    if readme.count(begin) != 1 or readme.count(end) != 1:
+        raise ValueError(f"README.md must hold each of the lines {begin} and {end} once")
+    head, rest = readme.split(begin)
+    return f"{head}{begin}\n{content}\n{end}{rest.split(end)[1]}"
 
 
 def content() -> str:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,27 +28,6 @@ SHARDS = 16  # of a calibration
 _OVERHEAD = 20  # the repair's state is saved when this many times the seconds of the last save have passed
 
 
-def write_whole(path: Path, write: Callable[[str], None]) -> None:
-    """Let `write(name)` write a file under a temporary name and give it its own name when it is complete."""
-    handle, temp = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
-    try:
-        write(temp)
-        os.replace(temp, path)
-    except BaseException:
-        Path(temp).unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file in one step."""
-
-    def write(name: str) -> None:
-        Path(name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-    write_whole(path, write)
-
-
 class Unfinished:
     """The folder of one unfinished run.
 
@@ -63,6 +41,8 @@ class Unfinished:
     """
 
     def __init__(self, target: str | os.PathLike[str], key: Mapping[str, Any], *, write: bool = True) -> None:
+        from .checkpoint import atomic_file
+
         path = Path(target)
         self.folder = path.with_name(path.name + ".unfinished")
         self._write = write
@@ -87,7 +67,8 @@ class Unfinished:
             raise UserError(f"{self.folder} exists and is not an unfinished run")
         elif write:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(file, {"format": FORMAT, "key": dict(key)})
+            with atomic_file(file) as temp:
+                temp.write_text(json.dumps({"format": FORMAT, "key": dict(key)}, indent=1) + "\n", encoding="utf-8")
 
     @property
     def plan(self) -> Path:
@@ -154,6 +135,8 @@ class RepairState:
         """Write what is done so far, unless the last time is too near."""
         from safetensors.torch import save_file
 
+        from .checkpoint import atomic_file
+
         begun = time.perf_counter()
         if not self._write or begun - self._saved < _OVERHEAD * self._cost:
             return
@@ -164,6 +147,7 @@ class RepairState:
                 if value is not None:
                     tensors[f"{name}.{part}"] = value.detach().to("cpu").contiguous()
         state = json.dumps({"done": done, "layers": [asdict(entry) for entry in report.layers]})
-        write_whole(self.file, lambda name: save_file(tensors, name, metadata={"state": state}))
+        with atomic_file(self.file) as temp:
+            save_file(tensors, temp, metadata={"state": state})
         self._saved = time.perf_counter()
         self._cost = self._saved - begun
