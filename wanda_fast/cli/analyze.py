@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from wanda_fast.cli.parser import Parser, share, whole
+from wanda_fast.cli.parser import Parser, model_name, share, whole
 from wanda_fast.cli.terminal import Terminal, finite, table
 
 EXAMPLES = """\
@@ -108,9 +108,4 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def _default_folder(model: str | None) -> Path:
-    if model is None:
-        name = "ddpm-cifar10-small"
-    else:
-        path = Path(model).expanduser().resolve()
-        name = (path.parent.name if path.name == "unet" else path.name) or "model"
-    return Path("run") / (re.sub(r"[^\w.+-]", "_", f"{name}-analysis").lstrip(".") or "analysis")
+    return Path("run") / (re.sub(r"[^\w.+-]", "_", f"{model_name(model)}-analysis").lstrip(".") or "analysis")

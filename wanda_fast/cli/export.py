@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from wanda_fast.cli.parser import Parser, whole
+from wanda_fast.cli.parser import Parser, model_name, whole
 from wanda_fast.cli.terminal import Terminal, seconds, si, table
 
 EXAMPLES = """\
@@ -68,8 +68,4 @@ def run(args: argparse.Namespace, out: Terminal) -> int:
 
 def default_folder(model: str | None) -> Path:
     """run/<model>-exported."""
-    name = "ddpm-cifar10-small"
-    if model is not None:
-        path = Path(model).expanduser().resolve()
-        name = (path.parent.name if path.name == "unet" else path.name) or "model"
-    return Path("run") / (re.sub(r"[^\w.+-]", "_", name).lstrip(".") + "-exported")
+    return Path("run") / (re.sub(r"[^\w.+-]", "_", model_name(model)).lstrip(".") + "-exported")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from wanda_fast.cli.parser import Parser, whole
+from wanda_fast.cli.parser import Parser, model_name, whole
 from wanda_fast.cli.terminal import Terminal, si, table
 from wanda_fast.errors import UserError
 
@@ -126,11 +126,7 @@ def run(args: argparse.Namespace, out: Terminal) -> int:
 
 def default_folder(model: str | None) -> Path:
     """run/<model>-finetuned."""
-    name = "ddpm-cifar10-small"
-    if model is not None:
-        path = Path(model).expanduser().resolve()
-        name = (path.parent.name if path.name == "unet" else path.name) or "model"
-    return Path("run") / (re.sub(r"[^\w.+-]", "_", name).lstrip(".") + "-finetuned")
+    return Path("run") / (re.sub(r"[^\w.+-]", "_", model_name(model)).lstrip(".") + "-finetuned")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from wanda_fast.errors import UserError
@@ -123,6 +124,14 @@ class Parser(argparse.ArgumentParser):
         text = re.sub(r"^argument (--\w+)(/--\w+)*:", r"\1:", one_line(message))
         sys.stderr.write(f"{self.prog.split()[0]}: error: {text} (see {self.prog} --help)\n")
         raise SystemExit(2)
+
+
+def model_name(model: str | None) -> str:
+    """What the results of a model are named after: its folder (not `unet` inside it) or the last part of its hub id."""
+    if model is None:
+        return "ddpm-cifar10-small"
+    path = Path(model).expanduser().resolve()
+    return (path.parent.name if path.name == "unet" else path.name) or "model"
 
 
 def share(text: str) -> float:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wanda_fast.cli.parser import Parser, share, whole
+from wanda_fast.cli.parser import Parser, model_name, share, whole
 from wanda_fast.cli.terminal import Terminal, change, seconds, si, table
 from wanda_fast.errors import UserError
 from wanda_fast.publish import PublishError, check_repo_id, push
@@ -219,11 +219,7 @@ def run(args: argparse.Namespace, out: Terminal) -> int:
 
 def default_folder(args: argparse.Namespace) -> Path:
     """run/<model>-<pruner>-<ratio>, with the budget or the plan in the place of the ratio where that is what was asked."""
-    if args.model is None:
-        model = "ddpm-cifar10-small"
-    else:
-        path = Path(args.model).expanduser().resolve()
-        model = (path.parent.name if path.name == "unet" else path.name) or "model"
+    model = model_name(args.model)
     if args.plan is not None:
         file = Path(args.plan).expanduser().resolve()
         parts = [model, "plan", file.parent.name if file.stem == "pruning" else file.stem]
