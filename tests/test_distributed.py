@@ -27,6 +27,7 @@ from wanda_fast.distributed import Ranks
 from wanda_fast.errors import UserError
 from wanda_fast.memory import PeakMemory, parse_bytes
 from wanda_fast.pruning import prune
+from wanda_fast.smaller_batches import in_smaller_batches
 
 SMALL: dict[str, Any] = {**PLAIN, "block_out_channels": (16, 32, 32), "norm_num_groups": 4}
 OPTIONS: dict[str, Any] = {
@@ -190,6 +191,23 @@ def test_a_process_on_its_own_needs_no_launcher(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with distributed.joined() as alone:
         assert alone == Ranks() and alone.share({"a": 1}) == {"a": 1} and alone.all(False) is False
+
+
+def test_one_of_several_processes_does_not_begin_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone it halves the batch; together the others would wait for sums that never come."""
+    tried: list[int] = []
+
+    def work(size: int) -> int:
+        tried.append(size)
+        if size > 2:
+            raise torch.OutOfMemoryError("too much")
+        return size
+
+    assert in_smaller_batches(work, 8, what="the work", say=lambda line: None) == 2 and tried == [8, 4, 2]
+    monkeypatch.setattr(distributed, "_current", Ranks(0, 2))
+    with pytest.raises(torch.OutOfMemoryError):
+        in_smaller_batches(work, 8, what="the work")
+    assert tried == [8, 4, 2, 8]
 
 
 def test_half_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

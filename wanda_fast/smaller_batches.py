@@ -9,6 +9,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from .distributed import ranks
+
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -25,13 +27,14 @@ def in_smaller_batches(run: Callable[[int], T], batch_size: int, *, what: str, s
         say: called with the message; None logs a warning.
 
     Raises:
-        torch.OutOfMemoryError: a single sample is too much.
+        torch.OutOfMemoryError: a single sample is too much, or this is one of several processes.
     """
     while True:
         try:
             return run(batch_size)
         except torch.OutOfMemoryError:
-            if batch_size <= 1:
+            # Of several processes one cannot begin again: the others wait for its part of the sums.
+            if batch_size <= 1 or ranks().size > 1:
                 raise
         # Outside the except block, whose traceback holds on to the tensors.
         if torch.cuda.is_available():
