@@ -1,7 +1,8 @@
 """bench.py --quality: what pruning leaves of a model's images, for every criterion at equal multiply-accumulates.
 
     python bench.py --quality --real IMAGES --budget_seconds 540                 rows in order of priority, as many as the time allows
-    python bench.py --quality --speed                                            compiled images per second of the main rows
+    python bench.py --quality --shared --rows 1-9 --out PART.json                one of some processes on one GPU, without times; then --merge
+    python bench.py --quality --speed                                            missing times; compiled images per second of the main rows
     python -m benchmarks.quality --plot                                          docs/quality-<model>.png from the results
     python -m benchmarks.quality --table                                         the table in README.md from the results
     python -m benchmarks.quality --grids                                         docs/grid-<model>.png: samples before and after, three ratios
@@ -201,7 +202,7 @@ class Bench:
         self.scheduler, self.model = loaded.scheduler, loaded.name
         self.macs, self.params = evaluation.count_macs(self.unet), evaluation.count_params(self.unet)
         self.dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.precision]
-        self.seconds: dict[str, float] = {}  # of the calibration, by "stats <seed>" and "images <seed>"
+        self.seconds: dict[str, float] = {}  # of the calibration, by "stats <seed>", "means <seed>" and "images <seed>"
 
     def start(self) -> None:
         """What all rows need: real statistics, held-out images, the dense samples."""
@@ -292,6 +293,8 @@ class Bench:
             "calib_steps": args.calib_steps,
             "repair_images": args.repair_images or "default",
             "calibration": "the model's own samples: the bundled sheet, or 512 drawn with the row's seed",
+            "times": "of rows measured alone; rows measured beside other processes get theirs afterwards (--speed): eager speed once for all "
+            "stock rows of one plan; prune_seconds for the main rows, calibration included, drawing its images not",
             "prune_seconds": "all stages of prune, load to save, without samples; drawing and calibration are those of the first row of "
             "their seed, which the others reuse",
         }
@@ -344,6 +347,8 @@ class Bench:
             "sample": round(sampled_at - pruned_at, 1),
             "measure": round(time.perf_counter() - sampled_at, 1),
         }
+        if self.args.shared:
+            row |= dict.fromkeys(("prune_seconds", "stages"))
         return row
 
     def noise(self, unet: nn.Module) -> Row:
@@ -362,6 +367,8 @@ class Bench:
     def eager_speed(self, unet: nn.Module) -> Row:
         from wanda_fast.evaluation import speed
 
+        if self.args.shared:
+            return dict.fromkeys(("images_per_s", "images_per_s_dense"))
         found = speed(unet, self.unet, steps=self.args.steps, batch_size=self.args.speed_batch, repeats=5)
         return {"images_per_s": found["images_per_s"], "images_per_s_dense": found["images_per_s_reference"]}
 
@@ -378,8 +385,8 @@ class Bench:
 
     # ----------------------------------------------------------------------------------------------------------- prune
 
-    def prune(self, config: Config) -> tuple[nn.Module, Row]:
-        """The pruned network in float32 on the device, and what is to be said about it."""
+    def prune(self, config: Config, folder: str = "pruned") -> tuple[nn.Module, Row]:
+        """The pruned network in float32 on the device, and what is to be said about it. It is kept in `folder` of the cache."""
         if config.pruner.startswith("torch-pruning "):
             return self.rival(config)
         from wanda_fast import checkpoint, prune
@@ -387,25 +394,27 @@ class Bench:
 
         args = self.args
         name = "-".join(str(v) for v in asdict(config).values()).replace("%", "pct")
-        kept = self.cache / "pruned" / self.model / name
+        kept = self.cache / folder / self.model / name
         if not (kept / "pruning.json").is_file():
             dataset = self.calibration_images(config.seed)
-            file = self.cache / f"stats-{self.model}-{config.seed}.safetensors"
-            needs = CRITERIA[config.pruner].needs_stats
+            criterion = CRITERIA[config.pruner]
+            needs, tables = criterion.needs_stats, "means" if criterion.needs_means else "stats"
+            file = self.cache / f"{tables}-{self.model}-{config.seed}.safetensors"
             begin = time.perf_counter()
             result = prune(
                 self.source, save_path=kept, overwrite=True, pruner=config.pruner, repair=config.repair, layout=config.layout,
                 split=config.split, target_macs=config.budget, seed=config.seed, num_samples=0, device=str(self.device),
                 dataset=dataset, calib_steps=args.calib_steps, repair_images=args.repair_images, batch_size=args.prune_batch,
-                load_stats=str(file) if needs and file.is_file() else None,
+                load_stats=str(file) if needs and file.is_file() and folder == "pruned" else None,
             )  # fmt: skip
             wall = time.perf_counter() - begin
             stages = result.report["seconds"]
             if needs and not file.is_file():
-                shutil.copyfile(kept / "activation_stats.safetensors", file)
-                self.seconds[f"stats {config.seed}"] = stages.get("calibrate", 0.0)
-            elif needs:
-                wall += self.seconds.get(f"stats {config.seed}", 0.0)
+                with checkpoint.atomic_file(file) as temp:
+                    shutil.copyfile(kept / "activation_stats.safetensors", temp)
+                self.seconds[f"{tables} {config.seed}"] = stages.get("calibrate", 0.0)
+            elif needs and folder == "pruned":
+                wall += self.seconds.get(f"{tables} {config.seed}", 0.0)
             wall += self.seconds.get(f"images {config.seed}", 0.0)
             (kept / "wall.json").write_text(json.dumps({"seconds": wall}), encoding="utf-8")
         loaded = checkpoint.load_pipeline(kept, dtype=torch.float32, device=self.device)
@@ -463,7 +472,10 @@ class Bench:
             for i, image in enumerate(images.numpy()):
                 picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
                 picture.save(partial / f"{i:05d}.png", compress_level=1)
-            partial.rename(folder)
+            try:
+                partial.rename(folder)
+            except OSError:  # another process has drawn the same meanwhile
+                shutil.rmtree(partial)
             self.seconds[f"images {seed}"] = time.perf_counter() - begin
         return str(folder)
 
@@ -571,11 +583,30 @@ def run(args: argparse.Namespace) -> int:
 
 
 def speeds(bench: Bench, args: argparse.Namespace, results: dict[str, Any], begin: float) -> int:
-    """Compiled images per second of the main rows that lack them."""
+    """The times that rows lack: seconds of prune and eager images per second where the row was measured beside other processes,
+    and compiled images per second of the main rows.
+
+    Stock rows of one plan are networks of one shape, so one of them is timed for all.
+    """
+    mine = [(row, Config(**{k: row[k] for k in asdict(Config(""))})) for row in results["rows"] if row["model"] == bench.model]
+    eager: dict[Any, Row] = {}
+    for row, config in mine:
+        spent = time.perf_counter() - begin
+        if args.budget_seconds is not None and spent > args.budget_seconds:
+            log("the time is spent: stopping here")
+            break
+        if config.main and row["prune_seconds"] is None:
+            row |= {k: bench.prune(config, "timed")[1][k] for k in ("prune_seconds", "stages")}
+            log(f"{config}: {row['prune_seconds']} s of prune")
+        shape = row["plan"] if config.layout == "stock" and not config.pruner.startswith("torch-pruning ") else key(row)
+        if row["images_per_s"] is None:
+            if shape not in eager:
+                eager[shape] = bench.eager_speed(bench.unet if config.pruner == "dense" else bench.prune(config)[0])
+            row |= eager[shape]
+        write_results(args.out, results)
     longest = 0.0
-    for row in results["rows"]:
-        config = Config(**{k: row[k] for k in asdict(Config(""))})
-        if row["model"] != bench.model or not config.main or row.get("images_per_s_compiled") is not None:
+    for row, config in mine:
+        if not config.main or row.get("images_per_s_compiled") is not None:
             continue
         start = time.perf_counter()
         if args.budget_seconds is not None and start - begin + longest > args.budget_seconds:
@@ -634,8 +665,8 @@ def merge(files: Sequence[Path], out: Path) -> None:
             raise Refused(f"{file}: measured by another protocol ({differs})")
         there = {key(row): row for row in merged["rows"]}
         for row in found["rows"]:
-            if key(row) in there:  # compiled speeds may have been added to one of them
-                there[key(row)] |= {k: v for k, v in row.items() if k not in there[key(row)]}
+            if key(row) in there:  # times may have been added to one of them
+                there[key(row)] |= {k: v for k, v in row.items() if there[key(row)].get(k) is None}
             else:
                 merged["rows"].append(row)
     assert merged is not None
@@ -644,12 +675,21 @@ def merge(files: Sequence[Path], out: Path) -> None:
     write_results(out, merged)
 
 
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
 def one_line(row: Row, seconds: float) -> str:
     fd = "-" if row["fd"] is None else f"{row['fd']:.2f}"
+
+    def told(name: str, form: str, unit: str) -> str:
+        return f"{_number(row[name], form)} {unit}"
+
     return (
         f"{Config(**{k: row[k] for k in asdict(Config(''))})}: {row['macs'] / 1e9:.3f} G, {row['params'] / 1e6:.2f} M, FD {fd}, "
         f"SSIM {row['ssim']:.4f}, "
-        f"noise {row['noise_mse']:.5f}, {row['images_per_s']:.0f} images/s eager; prune {row['prune_seconds']:.1f} s, row {seconds:.1f} s"
+        f"noise {row['noise_mse']:.5f}, {told('images_per_s', '.0f', 'images/s eager')}; {told('prune_seconds', '.1f', 's of prune')}, "
+        f"row {seconds:.1f} s"
     )
 
 
@@ -867,6 +907,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--merge", type=Path, nargs="+", metavar="FILE.json", help="put the rows of several files into --out; nothing is measured")
     p.add_argument("--max_rows", type=int, help="only the first rows of the order")
     p.add_argument("--budget_seconds", type=float, help="start no row that would end after this time")
+    p.add_argument("--shared", action="store_true",
+        help="other processes use the device too: leave out all times (--speed adds them)")  # fmt: skip
     p.add_argument("--strict", action="store_true", help="stop at a row that fails, instead of going on with the next")
     p.add_argument("--cache", metavar="FOLDER", help="keep calibration, statistics and pruned networks here (default: a temporary folder)")
     p.add_argument("--out", type=Path, default=RESULTS, metavar="FILE.json", help="results (default: benchmarks/results/quality.json)")

@@ -372,3 +372,6 @@ def test_a_step_that_cannot_be_captured_falls_back_on_the_gpu(caplog: pytest.Log
         results = [steps(torch.ones(2, device=device)).tolist() for _ in range(WARM_UP + 3)]
     assert results == [[3.0, 3.0]] * (WARM_UP + 3)
     assert "no CUDA graph" in caplog.text and steps.replayed == 0
+    torch.cuda.manual_seed(3)  # and the device's random numbers go on as if nothing had been tried
+    want = torch.randn(5, generator=torch.Generator(device).manual_seed(3), device=device)
+    assert torch.equal(torch.randn(5, device=device), want)

@@ -152,6 +152,24 @@ def test_compiled_speed_is_added_to_main_rows(place: Path, first: list[dict[str,
     assert {k: v for k, v in pruned.items() if k in first[1]} == first[1]
 
 
+def test_rows_without_times_get_them_later(place: Path, first: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda network, **options: network)
+    assert run(place, "--shared", "--max_rows", 2, "--cache", str(place / "shared"), out="shared.json") == 0
+    times = ("images_per_s", "images_per_s_dense", "prune_seconds")
+    for row, alone in zip(rows(place, "shared.json"), first, strict=True):
+        assert all(row[name] is None for name in times[: 2 if row["pruner"] == "dense" else 3])
+        assert all(row[name] == alone[name] for name in ("fd", "ssim", "noise_mse", "plan"))
+    assert run(place, "--speed", "--cache", str(place / "shared"), out="shared.json") == 0
+    dense, pruned = rows(place, "shared.json")
+    assert all(row[name] > 0 for row in (dense, pruned) for name in times[:2]) and pruned["images_per_s_compiled"] > 0
+    assert pruned["prune_seconds"] > 0 and pruned["stages"]["calibrate"] > 0
+
+
+def test_criteria_that_need_other_statistics_share_one_cache(place: Path, first: list[dict[str, Any]]) -> None:
+    assert run(place, "--rows", "1,11", out="means.json") == 0
+    assert [row["pruner"] for row in rows(place, "means.json")] == ["wanda-diff", "wanda-fluctuation"]
+
+
 def test_order_of_rows() -> None:
     found = quality.configurations()
     assert len(set(found)) == len(found) and found[0].pruner == "dense"

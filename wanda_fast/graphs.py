@@ -48,8 +48,14 @@ class CudaCapture:
     def __call__(self, run: Callable[[], Any]) -> Replay:
         graph = torch.cuda.CUDAGraph()
         # Another thread, such as one that loads images, may use the device meanwhile.
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = run()
+        with torch.cuda.device(self._device):
+            random = torch.cuda.get_rng_state()
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                    result = run()
+            except RuntimeError:
+                self._end_of_capture(random)
+                raise
         self._pool = graph.pool()
 
         def replay() -> Any:
@@ -57,6 +63,16 @@ class CudaCapture:
             return result
 
         return replay
+
+    @staticmethod
+    def _end_of_capture(random: Tensor) -> None:
+        """Give the device's generator a state of its own again: a capture that failed leaves it waiting for the capture's end,
+        and every random number on the device would be refused from then on (seen in torch 2.11).
+        """
+        index = torch.cuda.current_device()
+        fresh = torch.Generator(torch.device("cuda", index))
+        fresh.set_state(random)
+        torch.cuda.default_generators[index].graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 def capture_for(device: torch.device, steps: int | None = None) -> Capture | None:

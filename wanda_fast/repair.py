@@ -421,6 +421,8 @@ def repair(
     if method == "none":
         return report
     home = torch.device(device) if device is not None else next(pruned.parameters()).device
+    if home.type == "cuda" and home.index is None:
+        home = torch.device("cuda", torch.cuda.current_device())
     if rows_per_unknown is None:
         rows_per_unknown = _CPU_ROWS_PER_UNKNOWN if home.type == "cpu" else math.inf
     work_dense = _working_copy(dense, torch.device("cpu") if offload else home)
