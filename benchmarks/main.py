@@ -1,13 +1,14 @@
 """The command line of bench.py: choose operations and a device, run, print one table, write and compare JSON.
 
 A new operation is one file in this folder with `OP` and either `cases(device, size) -> list[Case]` or `rows(device, size, seed) -> list[dict]`;
-its name goes into OPERATIONS.
+its name goes into OPERATIONS. `rows` may also take the keywords `with_compile`, `limit_s` and `save`, which gets the rows so far.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 import sys
 import time
@@ -20,7 +21,8 @@ import torch
 from benchmarks import table
 from benchmarks.harness import CLOCKS, copy_bandwidth, environment, log, run_case, use_clock
 
-OPERATIONS = ("channel_sq_norm", "wanda_score", "compact", "conv_gram", "calibration_step", "whole_prune")
+OPERATIONS = ("channel_sq_norm", "wanda_score", "compact", "conv_gram", "calibration_step", "whole_prune", "images_per_s")
+ON_REQUEST = ("images_per_s",)  # minutes of compiling: only where --op names it
 FOLDER = Path(__file__).resolve().parent
 
 
@@ -38,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     p.add_argument(
-        "--op", action="append", choices=operations(), help="operation to run; may be repeated (default: all)"
+        "--op", action="append", choices=operations(), help=f"operation to run; may be repeated (default: all but {', '.join(ON_REQUEST)})",
     )
     p.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
     size = p.add_mutually_exclusive_group()
@@ -50,6 +52,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--clock", choices=tuple(CLOCKS), default="wall",
         help="of CPU timings: wall, or process for this process's processor time, on a machine that others use (one thread only)",
+    )  # fmt: skip
+    p.add_argument(
+        "--limit", type=float, default=270.0, metavar="SECONDS", help="images_per_s: begin no batch size after this long (default: 270)"
     )  # fmt: skip
     p.add_argument("--seed", type=int, default=0, help="seed of all inputs (default: 0)")
     p.add_argument("--out", type=Path, metavar="FILE.json", help="write environment and rows")
@@ -68,9 +73,10 @@ def run(
     seed: int,
     with_compile: bool,
     clock_name: str = "wall",
+    limit_s: float = 270.0,
     save: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Environment and rows of the chosen operations; `save` gets what there is after each of them."""
+    """Environment and rows of the chosen operations; `save` gets what there is after each of them, and more often from long ones."""
     torch.manual_seed(seed)
     env = environment(device, seed)
     env["size"] = size
@@ -85,7 +91,14 @@ def run(
         start = time.perf_counter()
         module = importlib.import_module(f"benchmarks.{op}")
         if hasattr(module, "rows"):
-            rows += module.rows(device, size, seed)
+
+            def keep(new: list[dict[str, Any]], before: list[dict[str, Any]] = list(rows)) -> None:  # noqa: B006
+                if save is not None:
+                    save({"env": env, "rows": [*before, *new]})
+
+            offered: dict[str, Any] = {"with_compile": with_compile, "limit_s": limit_s, "save": keep}
+            wanted = inspect.signature(module.rows).parameters
+            rows += module.rows(device, size, seed, **{name: value for name, value in offered.items() if name in wanted})
         else:
             cases = module.cases(device, size)
             compile_ops = with_compile and (size != "quick" or device.type == "cuda")
@@ -137,7 +150,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.out is not None:
             args.out.write_text(json.dumps(found, indent=1) + "\n")
 
-    result = run(args.op or operations(), device, size, seed=args.seed, with_compile=not args.no_compile, clock_name=args.clock, save=save)
+    result = run(
+        args.op or [name for name in operations() if name not in ON_REQUEST], device, size, seed=args.seed, with_compile=not args.no_compile,
+        clock_name=args.clock, limit_s=args.limit, save=save,
+    )  # fmt: skip
     log("")
     log(table.text(result["rows"]))
     if args.out is not None:
@@ -149,5 +165,5 @@ def main(argv: list[str] | None = None) -> int:
         log(f"wrote {args.chart}")
     wrong = [row for row in result["rows"] if "error" in row]
     if wrong:
-        log(f"{len(wrong)} wrong results; they have no times")
+        log(f"{len(wrong)} rows have no time: a wrong result, or the reason that they give")
     return 1 if wrong else 0
