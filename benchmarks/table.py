@@ -1,15 +1,18 @@
-"""Tables and charts of benchmark results. `python -m benchmarks.table` rewrites the table in README.md from the files of `RESULTS`."""
+"""Tables and charts of benchmark results. `python -m benchmarks.table` writes those of README.md and `FULL` from the files of `RESULTS`."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# What bench.py wrote: the kernels, and the calibration step and whole prune of an earlier commit.
-RESULTS = tuple(ROOT / "benchmarks" / "results" / name for name in ("h200.json", "h200-calibration.json"))
+# What bench.py wrote: the bandwidth-bound kernels, and the operations that were measured again at a later commit.
+_FILES = ("h200.json", "h200-conv_gram.json", "h200-calibration_step.json", "h200-whole_prune.json")
+RESULTS = tuple(ROOT / "benchmarks" / "results" / name for name in _FILES)
+FULL = ROOT / "benchmarks" / "results" / "kernels-h200.md"
 BEGIN, END = "<!-- benchmark table: begin -->", "<!-- benchmark table: end -->"
 BASELINES = ("reference", "compile", "published", "plain")
 Row = dict[str, Any]
@@ -104,68 +107,80 @@ def chart(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _in_readme(op: str, case: str, dtype: str, layout: str) -> bool:
-    """The cases that the targets speak of; the JSON file holds all."""
-    if dtype not in ("fp32", "bf16"):
+# README's cases: those that the targets speak of, whether they win or lose. The file `FULL` holds all.
+_BRIEF = {
+    "channel_sq_norm": ("large 64x64", "ddpm level 0 skip"),
+    "wanda_score": ("sdxl 1280x2560x3x3",),
+    "compact": ("ddpm-cifar10-32, 65 convolutions, 30 % random", "sdxl 1280x2560x3x3, 30 % random"),
+    "conv_gram": ("ddpm level 0, 3x3", "ddpm level 0 skip, 3x3", "ddpm level 2, 3x3", "ddpm shortcut, 1x1", "sdxl level 0, 3x3"),
+}
+
+
+def _in_readme(row: Row) -> bool:
+    if row["case"] not in _BRIEF[row["op"]]:
         return False
-    if op == "channel_sq_norm":
-        return case.startswith("large") or case == "ddpm level 0 skip"
-    if op == "wanda_score":
-        return case.startswith("sdxl 1280x2560") and layout == "contiguous"
-    if op == "compact":
-        return layout == "contiguous" and "30 %" in case
-    if op == "conv_gram":
-        return dtype == "fp32"
-    return True
+    if row["op"] == "conv_gram":
+        return row["dtype"] == "fp32" and row["backend"] == "triton"
+    layouts = ("nchw", "channels_last") if row["case"].startswith("large") else ("nchw", "contiguous")
+    return row["dtype"] in ("fp32", "bf16") and row["layout"] in layouts
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The README's table: our rows, with the speed-up over each baseline beside them, the calibration step and the whole prune."""
-    env = result["env"]
-    groups: dict[tuple[str, ...], dict[str, Row]] = {}
-    for row in result["rows"]:
-        if "ms" in row:
-            groups.setdefault(_key(row)[:4], {})[row["backend"]] = row
-    lines = [
-        f"{env.get('gpu') or env.get('cpu')}, driver {env.get('driver')}, torch {env['torch']}, triton {env['triton']}, "
-        f"commit {env['commit']}; copy {env['copy_gbps']:,.0f} GB/s in the same run; medians."
-    ]
-    if any(op not in ("calibration_step", "whole_prune") for op, *_ in groups):
-        lines[0] += " Columns with × are speed-ups of our row over that baseline; rows that lose stay."
-        lines += [
-            "",
-            "| operation | case | dtype, layout | ms | of copy | plain PyTorch | torch.compile | published |",
-            "|---|---|---|---:|---:|---:|---:|---:|",
-        ]
-    for (op, case, dtype, layout), by_backend in groups.items():
-        if op in ("calibration_step", "whole_prune") or not _in_readme(op, case, dtype, layout):
+def _machine(env: Row) -> str:
+    return f"{env.get('gpu') or env.get('cpu')}, driver {env.get('driver')}, torch {env['torch']}, triton {env['triton']}"
+
+
+def _kernels(results: Sequence[dict[str, Any]], brief: bool) -> list[str]:
+    lines = []
+    for row in (row for result in results for row in result["rows"] if row["op"] in _BRIEF and "ms" in row):
+        if row["backend"] in BASELINES or (brief and not _in_readme(row)):
             continue
-        for backend, row in by_backend.items():
-            if backend in BASELINES:
-                continue
-            speedups = [row.get(f"speedup_vs_{b}") for b in BASELINES[:3]]
-            others = " | ".join(f"{value:.2f}×" if value else "-" for value in speedups)
-            share = _number(row["copy_fraction"], ".2f") if op != "conv_gram" else "-"  # bound by arithmetic
-            lines.append(f"| `{op}` | {case} | {dtype}, {layout} | {_time(row['ms'])} | {share} | {others} |")
-    steps = [
-        row
-        for row in result["rows"]
-        if row["op"] == "calibration_step" and "ms" in row and row["layout"] == "contiguous"
+        others = " | ".join(f"{v:.2f}×" if (v := row.get(f"speedup_vs_{b}")) else "-" for b in BASELINES[:3])
+        share = _number(row["copy_fraction"], ".2f") if row["op"] != "conv_gram" else "-"  # bound by arithmetic
+        backend = "" if brief else f" {row['backend']} |"
+        lines.append(f"| `{row['op']}` | {row['case']} | {row['dtype']}, {row['layout']} |{backend} {_time(row['ms'])} | {share} | {others} |")
+    if not lines:
+        return []
+    head = ["| operation | case | dtype, layout | ms | of copy | plain PyTorch | torch.compile | published |",
+            "|---|---|---|---:|---:|---:|---:|---:|"]  # fmt: skip
+    if not brief:
+        head = ["| operation | case | dtype, layout | backend | ms | of copy | plain PyTorch | torch.compile | published |",
+                "|---|---|---|---|---:|---:|---:|---:|---:|"]  # fmt: skip
+    return [*head, *lines]
+
+
+def _calibration(results: Sequence[dict[str, Any]], brief: bool) -> list[str]:
+    steps = [row for result in results for row in result["rows"] if row["op"] == "calibration_step" and "ms" in row]
+    if brief:
+        steps = [row for row in steps if row["layout"] == "contiguous" and (row["backend"] == "published" or "graph" in row["case"])]
+    lines = [
+        f"| {row['case']} | {row['dtype']}, {row['layout']} | {row['backend']} | {_time(row['ms'])} | {_number(row['overhead'], '+.1%')} |"
+        for row in steps
+        if not brief or row["backend"] != "plain"
     ]
-    if steps:
-        lines += ["", "| calibration step | dtype, layout | hooks | ms | overhead |", "|---|---|---|---:|---:|"]
-        lines += [
-            f"| {row['case']} | {row['dtype']}, {row['layout']} | {row['backend']} | {_time(row['ms'])} | {_number(row['overhead'], '+.1%')} |"
-            for row in steps
-        ]
-    stages = [row for row in result["rows"] if row["op"] == "whole_prune" and "ms" in row]
-    if stages:
-        lines += ["", "| whole prune, stage | by | seconds | share |", "|---|---|---:|---:|"]
-        lines += [
-            f"| {row['case']} | {row['backend']} | {row['ms'] / 1e3:.3f} | {_number(row.get('share'), '.1%')} |"
-            for row in stages
-        ]
-    return "\n".join(lines)
+    return ["| calibration step | dtype, layout | hooks | ms | over a plain pass |", "|---|---|---|---:|---:|", *lines] if lines else []
+
+
+def _whole(results: Sequence[dict[str, Any]], brief: bool) -> list[str]:
+    stages = [row for result in results for row in result["rows"] if row["op"] == "whole_prune" and "ms" in row]
+    lines = [
+        f"| {row['case']} | {row['backend']} | {row['ms'] / 1e3:.3f} | {_number(row.get('share'), '.1%')} |"
+        for row in stages
+        if not brief or row["case"] == "whole"
+    ]
+    return ["| prune of the bundled model, stage | by | seconds | share |", "|---|---|---:|---:|", *lines] if lines else []
+
+
+def markdown(results: Sequence[dict[str, Any]], brief: bool) -> str:
+    """Our rows with the speed-up over each baseline beside them, the calibration step and the whole prune; `brief`: README's cases."""
+    machines = list(dict.fromkeys(_machine(result["env"]) for result in results))
+    commits = ", ".join(dict.fromkeys(result["env"]["commit"] for result in results))
+    copies = [result["env"]["copy_gbps"] for result in results]
+    first = (
+        f"{'; '.join(machines)}; commit {commits}; medians, every result checked against float64 first. "
+        f"Copy bandwidth {min(copies):,.0f} to {max(copies):,.0f} GB/s. Columns with × are speed-ups of our row over that baseline, in one run; rows that lose stay."
+    )
+    parts = [part for make in (_kernels, _calibration, _whole) if (part := make(results, brief))]
+    return "\n\n".join([first, *("\n".join(part) for part in parts)])
 
 
 def insert(readme: str, content: str, begin: str = BEGIN, end: str = END) -> str:
@@ -177,13 +192,24 @@ def insert(readme: str, content: str, begin: str = BEGIN, end: str = END) -> str
 
 
 def content() -> str:
-    """What stands between the markers: the tables of all result files."""
-    return "\n\n".join(markdown(json.loads(file.read_text())) for file in RESULTS)
+    """What stands between README's markers."""
+    brief = markdown(_results(), brief=True)
+    return f"{brief}\n\nAll rows: [{FULL.relative_to(ROOT).as_posix()}]({FULL.relative_to(ROOT).as_posix()}); what limits them: [notes](benchmarks/results/notes.md)."
+
+
+def full() -> str:
+    """The text of `FULL`."""
+    return f"# Kernels and calibration: all rows of our implementations\n\nMade by `python -m benchmarks.table`.\n\n{markdown(_results(), brief=False)}\n"
+
+
+def _results() -> list[dict[str, Any]]:
+    return [json.loads(file.read_text()) for file in RESULTS]
 
 
 def main() -> int:
     readme = ROOT / "README.md"
     readme.write_text(insert(readme.read_text(), content()))
+    FULL.write_text(full())
     return 0
 
 

@@ -179,7 +179,8 @@ def test_clocks_of_cpu_timings(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 def test_readme_table_is_made_from_the_results() -> None:
     readme = (ROOT / "README.md").read_text()
     made = table.insert(readme, table.content())
-    assert made == readme, "run: python -m benchmarks.table"
+    assert made == readme and table.FULL.read_text() == table.full(), "run: python -m benchmarks.table"
+    assert all(readme.count(f"| `{op}` | {case} |") for op, cases in table._BRIEF.items() for case in cases)
 
 
 def test_insert_needs_its_markers() -> None:
