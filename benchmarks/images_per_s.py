@@ -17,7 +17,8 @@ Networks. Speed asks nothing of the weights, so they are random (seeded); the wi
 Processes. Compiling takes a minute or two per network and batch, and tracing cannot be read from a cache. So each (network, batch) has a
 process of its own that compiles once and stays; they compile side by side and are then timed one after the other, dense
 and pruned in turns. A lock keeps every other process off the GPU meanwhile: also the first run of what was compiled, which
-measures variants of its kernels, has the GPU for itself. `compiled graph` is the same compiled code in a CUDA graph, as mode="reduce-overhead" makes one.
+measures variants of its kernels, has the GPU for itself. `compiled graph` is the same compiled code in a CUDA graph, which is
+what mode="reduce-overhead" makes of it; a second compilation by that name would give the same kernels again.
 
 Before it is timed each mode is compared with eager passes over small pieces of the batch; see TOLERANCES. Where a batch does not fit, or
 the time is up (`--limit`), the row holds the reason and no time.
@@ -56,6 +57,7 @@ TOLERANCES = {"bf16": 0.05, "fp32": 1e-3}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PIECE = 16  # images of a reference pass: far from what memory and 32-bit indices hold
 GRACE_S = 120.0  # longest that one answer of a process may take once it is compiled
+OUT_OF_MEMORY = "out of memory"
 DENSE, HALF = "dense", "half of the MACs"
 
 DDPM_256: dict[str, Any] = {
@@ -152,13 +154,13 @@ class Network:
         self.turn = Turn(job["lock"])
         self.run: Callable[[], Any] | None = None
         self.compiled: Any = None
-        if job["compile"]:
-            self._compile()
-        self.turn.take()
-        self._free()
-        self.reference = torch.cat([
-            self.unet(x, t, return_dict=False)[0] for x, t in zip(self.x.split(PIECE), self.t.split(PIECE), strict=True)
-        ])  # fmt: skip
+        with torch.inference_mode():
+            if job["compile"]:
+                self._compile()
+            self.turn.take()
+            self._free()
+            pieces = zip(self.x.split(PIECE), self.t.split(PIECE), strict=True)
+            self.reference = torch.cat([self.unet(x, t, return_dict=False)[0] for x, t in pieces])
         self._free()
         self.turn.leave()
 
@@ -198,6 +200,7 @@ class Network:
         if self.on_gpu:
             torch.cuda.empty_cache()
 
+    @torch.inference_mode()
     def prepare(self, mode: str) -> dict[str, Any]:
         """Make `time` measure this mode, after a comparison with the reference."""
         from wanda_fast.graphs import CudaCapture
@@ -223,16 +226,16 @@ class Network:
             out = self.run()
             self._wait()
             capture_s = round(time.perf_counter() - start, 3)
+        peak = round(torch.cuda.max_memory_allocated(self.device) / 2**20, 1) if self.on_gpu else None
         error = largest_error(out, self.reference)
         del out
-        found = {"rel_error": error, "capture_s": capture_s, "peak_mib": None}
+        found = {"rel_error": error, "capture_s": capture_s, "peak_mib": peak}
         if not error <= self.tolerance:
             self.drop()
             return {**found, "error": f"wrong result: relative error {error:.3g}, at most {self.tolerance:g} is accepted"}
-        if self.on_gpu:
-            found["peak_mib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**20, 1)
         return found
 
+    @torch.inference_mode()
     def time(self, count: int) -> dict[str, Any]:
         """Milliseconds per pass of `count` passes."""
         assert self.run is not None
@@ -270,8 +273,8 @@ def largest_error(out: Tensor, reference: Tensor) -> float:
 
 def reason(error: BaseException) -> str:
     """One line for a row that has no time."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+        return OUT_OF_MEMORY
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:200]
 
@@ -287,22 +290,20 @@ def serve() -> None:
 
     job = json.loads(sys.stdin.readline())
     os.nice(job["nice"])
-    network = None
-    with torch.inference_mode():
+    try:
+        network = Network(job)
+        say(network.about)
+    except Exception as error:  # this process exists to find out; its parent writes the reason down
+        say({"error": reason(error)})
+        raise
+    for line in sys.stdin:
+        name, *given = json.loads(line)
         try:
-            network = Network(job)
-            say(network.about)
-        except Exception as error:  # this process exists to find out; its parent writes the reason down
+            say(getattr(network, name)(*given))
+        except Exception as error:
             say({"error": reason(error)})
-            raise
-        for line in sys.stdin:
-            name, *given = json.loads(line)
-            try:
-                say(getattr(network, name)(*given))
-            except Exception as error:
-                say({"error": reason(error)})
-                del error
-                network.drop()
+            del error  # it holds the tensors of what failed
+            network.drop()
 
 
 # --------------------------------------------------------------------------------------------------------- the processes
@@ -474,8 +475,13 @@ def measure(
 
 
 def timed(members: dict[str, Process], mode: str, seconds: float) -> dict[str, dict[str, Any]]:
-    """What each network answers to `prepare`, and "samples", its milliseconds, taken in turns."""
+    """What each network answers to `prepare`, and "samples", its milliseconds, taken in turns; by themselves where not all fit at once."""
     answers = {name: process.ask("prepare", mode) for name, process in members.items()}
+    if len(members) > 1 and any(answer.get("error") == OUT_OF_MEMORY for answer in answers.values()):
+        for process in members.values():
+            process.ask("drop")
+        log(f"  {mode}: not all networks fit into memory at once, so one is timed after the other")
+        return {name: timed({name: process}, mode, seconds)[name] for name, process in members.items()}
     counts: dict[str, int] = {}
     rounds = 0
 
