@@ -20,6 +20,7 @@ import torch
 
 from benchmarks import table
 from benchmarks.harness import CLOCKS, copy_bandwidth, environment, log, run_case, use_clock
+from wanda_fast.checkpoint import atomic_file
 
 OPERATIONS = ("channel_sq_norm", "wanda_score", "compact", "conv_gram", "calibration_step", "whole_prune", "images_per_s")
 ON_REQUEST = ("images_per_s",)  # minutes of compiling: only where --op names it
@@ -148,7 +149,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def save(found: dict[str, Any]) -> None:
         if args.out is not None:
-            args.out.write_text(json.dumps(found, indent=1) + "\n")
+            with atomic_file(args.out) as temp:  # a run may be stopped at any time
+                temp.write_text(json.dumps(found, indent=1) + "\n")
 
     result = run(
         args.op or [name for name in operations() if name not in ON_REQUEST], device, size, seed=args.seed, with_compile=not args.no_compile,
