@@ -11,8 +11,9 @@ Networks. Speed asks nothing of the weights, so they are random (seeded); the wi
 
 - the architecture of google/ddpm-cifar10-32: (128, 112, 176, 80) at half of the MACs and (128, 160, 96, 64) at 56 % of them, both chosen on a
   trained network with 64 images (random weights lead to the first as well);
-- the 256-pixel architecture (google/ddpm-celebahq-256, ddpm-church-256, ddpm-bedroom-256): (112, 80, 64, 96, 128, 144) at half of the MACs, chosen
-  as `--plan` does on random weights, with four images and the study's second moments summed in float64. A trained network will want others.
+- the 256-pixel architecture (google/ddpm-celebahq-256, ddpm-church-256, ddpm-bedroom-256): (112, 80, 64, 96, 128, 144) at half of the
+  MACs, chosen as `--plan` does on random weights, with four images and the study's second moments summed in float64. A
+  trained network will want others.
 
 Processes. Compiling takes a minute or two per network and batch, and tracing cannot be read from a cache. So each (network, batch) has a
 process of its own that compiles once and stays; they compile side by side and are then timed one after the other, dense
