@@ -5,7 +5,7 @@
     python bench.py --quality --speed                                            missing times; compiled images per second of the main rows
     python -m benchmarks.quality --plot                                          docs/quality-<model>.png from the results
     python -m benchmarks.quality --table                                         the table in README.md from the results
-    python -m benchmarks.quality --grids                                         docs/grid-<model>.png: samples before and after, three ratios
+    python -m benchmarks.quality --grids                                         docs/grid-<model>.png: samples before and after, three budgets
 
 A row is written as soon as it is measured, and a row that is there is not measured again: a run that was stopped goes on where it was.
 Dense and pruned networks are always sampled in the same number format; how much that format alone changes is measured too (`precision_ssim`).
@@ -41,7 +41,6 @@ BUDGETS = ("76%", MAIN_BUDGET, "39.6%", "24.8%")
 OURS = "wanda-diff"
 RIVALS = ("magnitude", "wanda-fluctuation", "lstsq-residual", "taylor", "diff-pruning", "random", "reinit")
 TORCH_PRUNING = tuple(f"torch-pruning {name}" for name in ("magnitude", "taylor", "random"))
-GRID_RATIOS = (0.2, 0.3, 0.5)
 Row = dict[str, Any]
 
 
@@ -202,6 +201,7 @@ class Bench:
         self.scheduler, self.model = loaded.scheduler, loaded.name
         self.macs, self.params = evaluation.count_macs(self.unet), evaluation.count_params(self.unet)
         self.dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.precision]
+        self.built: dict[Any, nn.Module] = {}  # compiled networks by the shapes of their tensors
         self.seconds: dict[str, float] = {}  # of the calibration, by "stats <seed>", "means <seed>" and "images <seed>"
 
     def start(self) -> None:
@@ -248,16 +248,29 @@ class Bench:
             save_file({"images": images}, temp)
         return images
 
-    def sample(self, unet: nn.Module, n: int, seed: int | None = None, exact: bool = False) -> Tensor:
+    def sample(self, unet: nn.Module, n: int, seed: int | None = None, exact: bool = False, compiled: bool = False) -> Tensor:
         """Samples with the weights and activations in the precision of this run."""
         from wanda_fast.sampling import sample
 
         dtype = torch.float32 if exact else self.dtype
         twin = nn.Module.to(copy.deepcopy(unet), dtype=dtype).eval()
+        if compiled:
+            twin = self.compiled(twin)
         return sample(
             twin, self.scheduler, n, steps=self.args.steps, seed=self.args.seed if seed is None else seed,
             batch_size=self.args.batch_size, device=self.device, dtype=dtype,
         )  # fmt: skip
+
+    def compiled(self, network: nn.Module) -> nn.Module:
+        """The network under torch.compile; networks of equal shapes take turns in one that was compiled once."""
+        shapes = tuple((name, tuple(t.shape)) for name, t in network.state_dict().items())
+        if shapes in self.built:
+            self.built[shapes].load_state_dict(network.state_dict())
+        else:
+            torch._dynamo.config.recompile_limit = 64  # past it networks would run eagerly
+            network.compile(dynamic=False)
+            self.built[shapes] = network
+        return self.built[shapes]
 
     def statistics(self, images: Tensor) -> Any:
         from wanda_fast.features import feature_stats
@@ -279,6 +292,8 @@ class Bench:
             "sampler": "DDIM, eta 0, x0 clipped as the scheduler says; the sampler's arithmetic in float32",
             "spacing": f"leading: {', '.join(str(int(t)) for t in stepper.timesteps[:2])}, ..., {int(stepper.timesteps[-1])}",
             "noise": f"image i from a CPU generator of (seed {args.seed}, i); the same for every row; labels likewise",
+            "sampled": "rows say whether their network was sampled eagerly or under torch.compile (`sampled`); the dense network was eagerly; "
+            "what rounding alone changes is the dense row's precision_ssim",
             "precision": f"{how.get(self.dtype, 'float32' + tf32)}; the same for dense and pruned",
             "features": None if protocol is None else {k: v for k, v in protocol.items() if k != "versions"},
             "versions": {} if protocol is None else protocol["versions"],
@@ -322,16 +337,18 @@ class Bench:
             "dense_macs": self.macs, "dense_params": self.params,
         }  # fmt: skip
 
-    def measure(self, config: Config) -> Row:
-        """Prune, sample, compare."""
+    def measure(self, config: Config, checkpoint: str | None = None) -> Row:
+        """Prune, or take a checkpoint, sample, compare."""
         from wanda_fast import evaluation
         from wanda_fast.features import frechet_distance
 
         begin = time.perf_counter()
-        unet, found = self.prune(config)
+        unet, found = self.prune(config) if checkpoint is None else self.load(checkpoint)
         pruned_at = time.perf_counter()
         row = self.row(config, unet) | found
-        images = self.sample(unet, self.args.samples).to(self.device)
+        compiled = self.args.compile and (config.layout, config.split, config.budget) == ("stock", "sensitivity", MAIN_BUDGET)
+        row["sampled"] = "compiled" if compiled else "eager"
+        images = self.sample(unet, self.args.samples, compiled=compiled).to(self.device)
         sampled_at = time.perf_counter()
         stats = self.statistics(images)
         row |= {
@@ -417,6 +434,15 @@ class Bench:
                 wall += self.seconds.get(f"{tables} {config.seed}", 0.0)
             wall += self.seconds.get(f"images {config.seed}", 0.0)
             (kept / "wall.json").write_text(json.dumps({"seconds": wall}), encoding="utf-8")
+        unet, found = self.load(kept)
+        seconds = json.loads((kept / "wall.json").read_text(encoding="utf-8"))["seconds"]
+        return unet, found | {"prune_seconds": round(seconds, 2)}
+
+    def load(self, folder: Path | str) -> tuple[nn.Module, Row]:
+        """The network of a folder that `prune` wrote or `finetune` went on with, and what is to be said about it."""
+        from wanda_fast import checkpoint
+
+        kept = Path(folder)
         loaded = checkpoint.load_pipeline(kept, dtype=torch.float32, device=self.device)
         report = json.loads((kept / "pruning.json").read_text(encoding="utf-8"))
         widths = ", ".join(
@@ -427,7 +453,7 @@ class Bench:
             "plan": f"({widths})",
             "plan_sha256": digest.hexdigest()[:12],
             "norm_policy": report["settings"]["norm_policy"],
-            "prune_seconds": round(json.loads((kept / "wall.json").read_text(encoding="utf-8"))["seconds"], 2),
+            "prune_seconds": None,
             "stages": report["seconds"],
         }
         return loaded.unet.requires_grad_(False), found
@@ -548,7 +574,8 @@ def run(args: argparse.Namespace) -> int:
         results: dict[str, Any] = {"env": environment(device, args.seed), "protocol": protocol, "rows": rows}
         there = {key(row) for row in rows}
         longest = 0.0
-        for config in chosen(args):
+        rows_to_do = chosen(args) if args.checkpoint is None else [Config(OURS, repair=args.named)]
+        for config in rows_to_do:
             if key({"model": bench.model, **asdict(config)}) in there:
                 continue
             reason = available(config)
@@ -561,7 +588,7 @@ def run(args: argparse.Namespace) -> int:
                 break
             start = time.perf_counter()
             try:
-                row = bench.dense_row() if config.pruner == "dense" else bench.measure(config)
+                row = bench.dense_row() if config.pruner == "dense" else bench.measure(config, args.checkpoint)
             except Exception as error:  # one method that cannot do it must not cost the others their rows
                 if isinstance(error, (torch.OutOfMemoryError, KeyboardInterrupt)):
                     raise
@@ -820,29 +847,24 @@ def plot(results: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def grids(args: argparse.Namespace) -> Path:
-    """One picture: the dense network's samples, and under them the same after pruning at three ratios with the default recipe."""
+    """One picture: the dense network's samples, and under them the same after pruning to three budgets with the default recipe."""
     from PIL import Image, ImageDraw, ImageFont
 
-    from wanda_fast import evaluation, prune
+    from wanda_fast import evaluation
     from wanda_fast.sampling import make_grid, sample
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     args.precision, args.batch_size = args.precision or "fp32", args.batch_size or (128 if device.type == "cuda" else 8)
+    args.prune_batch = args.prune_batch or (128 if device.type == "cuda" else 32)
     cache = Path(args.cache) if args.cache else Path(tempfile.mkdtemp(prefix="wanda_fast-grids-"))
     cache.mkdir(parents=True, exist_ok=True)
     try:
         bench = Bench(args, device, cache)
         columns = args.columns
         networks = [("dense", f"{bench.macs / 1e9:.2f} GMACs", bench.unet)]
-        for ratio in GRID_RATIOS:
-            result = prune(
-                bench.source, ratio=ratio, num_samples=0, device=str(device), calib_steps=args.calib_steps,
-                repair_images=args.repair_images, dataset=bench.calibration_images(0),
-                batch_size=args.prune_batch or (128 if device.type == "cuda" else 32),
-            )  # fmt: skip
-            assert result.pipeline is not None
-            unet = nn.Module.to(result.pipeline.unet, device=device, dtype=torch.float32)
-            networks.append((f"ratio {ratio:g}", f"{evaluation.count_macs(unet) / 1e9:.2f} GMACs", unet))
+        for budget in BUDGETS[:3]:
+            unet = bench.prune(Config(OURS, budget=budget))[0]
+            networks.append((f"{round(float(budget.rstrip('%')))} % of the MACs", f"{evaluation.count_macs(unet) / 1e9:.2f} GMACs", unet))
         strips, texts = [], []
         first: Tensor | None = None
         for name, size, unet in networks:
@@ -856,7 +878,7 @@ def grids(args: argparse.Namespace) -> Path:
         grid = make_grid(torch.cat(strips), columns=columns)
         picture: Any = Image.fromarray(grid.expand(-1, -1, 3).numpy())
         picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-        margin = 110
+        margin = 130
         whole = Image.new("RGB", (picture.width + margin, picture.height), "white")
         whole.paste(picture, (margin, 0))
         draw, font = ImageDraw.Draw(whole), ImageFont.load_default(13)
@@ -882,7 +904,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--speed", action="store_true", help="add the compiled images per second to the main rows; nothing else is measured")
     what.add_argument("--plot", action="store_true", help="draw the frontier of --out into --folder")
     what.add_argument("--table", action="store_true", help="write the table of --out into README.md")
-    what.add_argument("--grids", action="store_true", help="write samples before and after pruning at three ratios into --folder")
+    what.add_argument("--grids", action="store_true", help="write samples before and after pruning to three budgets into --folder")
     p.add_argument("--model",
         help="folder, hub id, or int8 weight pack (.npz) of the ddpm-cifar10-32 architecture (default: the bundled model)")  # fmt: skip
     p.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
@@ -907,6 +929,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--merge", type=Path, nargs="+", metavar="FILE.json", help="put the rows of several files into --out; nothing is measured")
     p.add_argument("--max_rows", type=int, help="only the first rows of the order")
     p.add_argument("--budget_seconds", type=float, help="start no row that would end after this time")
+    p.add_argument("--compile", action="store_true", help="sample the stock networks of the main budget, most of the rows, under torch.compile")
+    p.add_argument("--checkpoint", metavar="FOLDER",
+        help="measure this pruned checkpoint instead of the rows, as one more of the default criterion")  # fmt: skip
+    p.add_argument("--named", default="lstsq, finetuned", metavar="WORDS", help="the repair of --checkpoint (default: lstsq, finetuned)")
     p.add_argument("--shared", action="store_true",
         help="other processes use the device too: leave out all times (--speed adds them)")  # fmt: skip
     p.add_argument("--strict", action="store_true", help="stop at a row that fails, instead of going on with the next")

@@ -170,6 +170,28 @@ def test_criteria_that_need_other_statistics_share_one_cache(place: Path, first:
     assert [row["pruner"] for row in rows(place, "means.json")] == ["wanda-diff", "wanda-fluctuation"]
 
 
+def test_compiled_sampling_gives_the_same_row(place: Path, first: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One network is compiled; the second of equal shapes is put into it."""
+    built: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network, **options: built.append(network))
+    assert run(place, "--compile", "--rows", "1,2", out="compiled.json") == 0
+    one, two = rows(place, "compiled.json")
+    assert len(built) == (1 if one["plan_sha256"] == two["plan_sha256"] or one["plan"] == two["plan"] else 2)
+    assert one["sampled"] == two["sampled"] == "compiled" and first[1]["sampled"] == "eager"
+    assert (one["ssim"], one["fd"]) == (first[1]["ssim"], first[1]["fd"]) and two["ssim"] != one["ssim"]
+
+
+def test_a_checkpoint_is_measured_as_it_is(place: Path, first: list[dict[str, Any]]) -> None:
+    (folder,) = (place / "cache" / "pruned" / "tiny").glob("wanda-diff-lstsq-stock-sensitivity-56.3pct-0")
+    assert run(place, "--checkpoint", str(folder), "--named", "lstsq + 5 steps", out="checkpoint.json") == 0
+    (row,) = rows(place, "checkpoint.json")
+    assert row["repair"] == "lstsq + 5 steps" and row["prune_seconds"] is None
+    assert all(row[name] == first[1][name] for name in ("ssim", "fd", "macs", "plan"))
+    quality.merge([place / "quality.json", place / "checkpoint.json"], place / "merged.json")
+    assert len(rows(place, "merged.json")) == 3
+    assert "repair lstsq + 5 steps" in quality.markdown(json.loads((place / "merged.json").read_text()))
+
+
 def test_order_of_rows() -> None:
     found = quality.configurations()
     assert len(set(found)) == len(found) and found[0].pruner == "dense"
@@ -241,7 +263,7 @@ def test_readme_shows_the_results() -> None:
 
 
 def test_grids(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quality, "GRID_RATIOS", (0.3,))
+    monkeypatch.setattr(quality, "BUDGETS", ("60%",))
     assert quality.main([
         "--grids", "--model", str(place / "tiny"), "--device", "cpu", "--steps", "2", "--calib_steps", "16", "--calib_images", "8",
         "--repair_images", "16", "--columns", "4", "--folder", str(tmp_path)]) == 0  # fmt: skip

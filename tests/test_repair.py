@@ -267,19 +267,25 @@ def test_ridges_are_tried_down_to_the_best(images: int, weakest: float, monkeypa
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize("layout", ["free", "stock"])
 def test_gpu_and_cpu_agree(layout: str) -> None:
-    """The same sums and solutions: weights within 1e-3 of those of a CPU, and those of a layer within 1e-3 of float64's."""
+    """The same sums and solutions: weights as near to those of a CPU as the network lets them be, and those of a layer within 1e-3 of float64's.
+
+    Some layers of a random network hardly determine their weights: after attention its `to_out` moves by 1e-3 when the images move by 3e-7,
+    one rounding. So the CPU repairs once more from such images, and a GPU may be a few times as far off as that.
+    """
     unet = random_unet(SMALL)
     batches = noise(unet, 48, seed=1)
+    rounded = [(x * (1 + 3e-7 * torch.randn(x.shape, generator=torch.Generator().manual_seed(5))), *rest) for x, *rest in batches()]
     held = noise(unet, 16, seed=9)
     weights, errors = [], []
-    for device in ("cpu", "cuda"):
+    for device, images in (("cpu", batches), ("cpu", lambda: iter(rounded)), ("cuda", batches)):
         dense, pruned, keep = prune(unet, layout)
-        report = repair(dense, pruned, keep, batches, device=device, ridge=1e-2, rows_per_unknown=math.inf)
+        report = repair(dense, pruned, keep, images, device=device, ridge=1e-2, rows_per_unknown=math.inf)
         weights.append({k: v.double() for k, v in pruned.state_dict().items() if k.endswith("weight")})
         errors.append((difference(dense, pruned, held), [r.status for r in report.layers]))
-    assert errors[0][1] == errors[1][1] and errors[1][0] == pytest.approx(errors[0][0], rel=1e-2)
+    assert errors[0][1] == errors[2][1] and errors[2][0] == pytest.approx(errors[0][0], rel=1e-2)
     for name, want in weights[0].items():
-        assert float((weights[1][name] - want).norm() / want.norm()) < 1e-3, name
+        moved, error = (float((weights[i][name] - want).norm() / want.norm()) for i in (1, 2))
+        assert error < max(1e-3, 5 * moved), (name, error, moved)
     dense_chain, pruned_chain, keep_chain = chain([0, 2, 3, 5])
     sliced = second_layer(pruned_chain)
     repair(dense_chain, pruned_chain, keep_chain, inputs(), device="cuda", ridge=1e-3)
