@@ -177,7 +177,8 @@ def markdown(results: Sequence[dict[str, Any]], brief: bool) -> str:
     copies = [result["env"]["copy_gbps"] for result in results]
     first = (
         f"{'; '.join(machines)}; commit {commits}; medians, every result checked against float64 first. "
-        f"Copy bandwidth {min(copies):,.0f} to {max(copies):,.0f} GB/s. Columns with × are speed-ups of our row over that baseline, in one run; rows that lose stay."
+        f"Copy bandwidth {min(copies):,.0f} to {max(copies):,.0f} GB/s. Columns with × are speed-ups of our row "
+        "over that baseline, in one run; rows that lose stay."
     )
     parts = [part for make in (_kernels, _calibration, _whole) if (part := make(results, brief))]
     return "\n\n".join([first, *("\n".join(part) for part in parts)])
@@ -194,12 +195,14 @@ def insert(readme: str, content: str, begin: str = BEGIN, end: str = END) -> str
 def content() -> str:
     """What stands between README's markers."""
     brief = markdown(_results(), brief=True)
-    return f"{brief}\n\nAll rows: [{FULL.relative_to(ROOT).as_posix()}]({FULL.relative_to(ROOT).as_posix()}); what limits them: [notes](benchmarks/results/notes.md)."
+    file = FULL.relative_to(ROOT).as_posix()
+    return f"{brief}\n\nAll rows: [{file}]({file}); what limits them: [notes](benchmarks/results/notes.md)."
 
 
 def full() -> str:
     """The text of `FULL`."""
-    return f"# Kernels and calibration: all rows of our implementations\n\nMade by `python -m benchmarks.table`.\n\n{markdown(_results(), brief=False)}\n"
+    head = "# Kernels and calibration: all rows of our implementations\n\nMade by `python -m benchmarks.table`."
+    return f"{head}\n\n{markdown(_results(), brief=False)}\n"
 
 
 def _results() -> list[dict[str, Any]]:

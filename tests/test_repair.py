@@ -267,7 +267,7 @@ def test_ridges_are_tried_down_to_the_best(images: int, weakest: float, monkeypa
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize("layout", ["free", "stock"])
 def test_gpu_and_cpu_agree(layout: str) -> None:
-    """The same sums and solutions: weights as near to those of a CPU as the network lets them be, and those of a layer within 1e-3 of float64's.
+    """The same sums and solutions: weights as near to those of a CPU as the network lets them be, of a layer within 1e-3 of float64's.
 
     Some layers of a random network hardly determine their weights: after attention its `to_out` moves by 1e-3 when the images move by 3e-7,
     one rounding. So the CPU repairs once more from such images, and a GPU may be a few times as far off as that.

@@ -8,7 +8,7 @@ from networks import inputs_for, random_unet
 
 from wanda_fast.compact import compact, cost_model
 from wanda_fast.plan import build_plan, choose_channels, free_problem
-from wanda_fast.sensitivity import damage_table, image_weight, removal_error, study_layers
+from wanda_fast.sensitivity import LayerStudy, damage_table, image_weight, removal_error, study_layers
 from wanda_fast.slots import find_slots
 
 
@@ -64,8 +64,6 @@ def test_copied_channels_cost_nothing_to_remove() -> None:
     g = torch.Generator().manual_seed(0)
     base = torch.randn(500, 3, generator=g, dtype=torch.float64)
     rows = torch.cat([base, base[:, :1]], dim=1)  # channel 3 is a copy of channel 0
-    from wanda_fast.sensitivity import LayerStudy
-
     study = LayerStudy(torch.cov(rows.T, correction=0), torch.ones(5, dtype=torch.float64))
     weight = torch.randn(5, 4, 3, 3, generator=g)
     free = float(removal_error(study, weight, torch.tensor([3])).sum())
@@ -75,6 +73,23 @@ def test_copied_channels_cost_nothing_to_remove() -> None:
     exact = torch.einsum("oik,ij,ojk->o", w, study.covariance, w)
     torch.testing.assert_close(everything, exact)
     assert free < 1e-3 * dear
+
+
+def test_large_means_and_few_rows_leave_a_usable_covariance() -> None:
+    """Float32 products of inputs around 300 would be off by more than the spread of 1."""
+    unet = random_unet("plain")
+    layer = "down_blocks.0.resnets.0.conv2"
+    handle = unet.get_submodule(layer).register_forward_pre_hook(lambda _, args: (args[0] + 300.0,))
+    studies, _ = study_layers(unet, batches_of(unet), [layer])
+    handle.remove()
+    plain, _ = study_layers(unet, batches_of(unet), [layer])
+    torch.testing.assert_close(studies[layer].covariance, plain[layer].covariance, rtol=1e-3, atol=1e-4 * float(plain[layer].covariance.max()))
+    rows = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    off = rows.T @ rows / 3 - 1e-3 * torch.eye(40)  # of rank 3 and, by rounding, not even positive
+    removed = removal_error(LayerStudy(off.double(), torch.ones(2, dtype=torch.float64)), torch.randn(2, 40), torch.arange(20))
+    assert bool(torch.isfinite(removed).all())
+    with pytest.raises(RuntimeError, match="not finite"):
+        removal_error(LayerStudy(off.double() * float("nan"), torch.ones(2, dtype=torch.float64)), torch.randn(2, 40), torch.arange(20))
 
 
 def test_damage_grows_as_widths_shrink_and_ranks_real_removals() -> None:

@@ -23,9 +23,32 @@ from torch import Tensor
 
 def precision(covariance: Tensor, ridge: float = 1e-4) -> Tensor:
     """(Σ + λI)⁻¹ in float64, λ = ridge · mean diagonal of Σ."""
-    loaded = covariance.double().clone()
-    loaded.diagonal().add_(ridge * covariance.diagonal().double().mean().clamp_min(1e-30))
-    return torch.cholesky_inverse(torch.linalg.cholesky(loaded))
+    return torch.cholesky_inverse(factor(covariance, ridge * mean_variance(covariance)))
+
+
+def mean_variance(covariance: Tensor) -> float:
+    return float(covariance.diagonal().double().mean().clamp_min(1e-30))
+
+
+def factor(matrix: Tensor, loading: float) -> Tensor:
+    """The Cholesky factor of Σ + λI in float64.
+
+    Sums of few samples made in float32 can be off by more than λ; it is raised tenfold until the matrix is positive definite.
+
+    Raises:
+        RuntimeError: Σ is not finite.
+    """
+    loaded = matrix.double().clone()
+    loaded.diagonal().add_(loading)
+    while True:
+        found, info = torch.linalg.cholesky_ex(loaded)
+        if int(info) == 0:
+            return found
+        added = 9 * max(loading, 1e-9 * mean_variance(matrix))
+        if not added < 1e6 * mean_variance(matrix):
+            raise RuntimeError("the covariance is not finite")
+        loaded.diagonal().add_(added)
+        loading += added
 
 
 def output_energy(weight: Tensor, gain: Tensor) -> Tensor:

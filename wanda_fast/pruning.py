@@ -7,7 +7,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -28,6 +28,7 @@ from .plan import (
     LAYOUTS,
     NORM_POLICIES,
     SPLITS,
+    CostModel,
     PruningPlan,
     Target,
     WidthProblem,
@@ -55,6 +56,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # deep slots would shrink together, which an estimate slot by slot does not see.
 FLOORS: dict[str, tuple[float, ...]] = {"stock": (0.25,), "free": (0.5, 0.375, 0.25)}
 SENSITIVITY_IMAGES = (32, 128)  # noised images of the sensitivity study, on a CPU and on a GPU
+TRIAL_IMAGES = (16, 64)  # images that judge a trial, on a CPU and on a GPU
+TRIAL_REPAIR = (64, 512)  # noised images of its repair: four times as many change no order (benchmarks/results/recipe-h200.md)
 SENSITIVITY_LIMIT = 6 << 30  # bytes of second moments, of conditioned networks
 _DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", **{n: n for n in DTYPES}}
 RESULT_FORMAT = "wanda_fast.pruning/1"
@@ -78,6 +81,8 @@ class PruneOptions:
         layout: "stock" opens with plain diffusers; "free" has one width per slot and opens with `load_pruned`.
         norm_policy: "balanced", "free" or "groups", see `wanda_fast.plan`.
         split: "uniform" cuts every level alike; "sensitivity" measures which levels or slots can spare channels.
+        trials: most allocations of widths that are cut, repaired with few images and judged by their images, see
+            `wanda_fast.trials`; 0 takes the estimate of the split "sensitivity" as it is.
         combine: sides of a slot that are scored: "both", "producers" or "consumers".
         align: legal widths are multiples of this many channels (where the norms leave a choice).
         min_width: least channels of a slot.
@@ -118,6 +123,7 @@ class PruneOptions:
     layout: str = "stock"
     norm_policy: str = "free"
     split: str = "sensitivity"
+    trials: int = 0
     combine: str = "both"
     align: int = 16
     min_width: int = 8
@@ -190,11 +196,13 @@ class PruneOptions:
                 f"timestep range {self.target_steps!r}: expected {known} or a-b with 0 <= a < b <= the model's number "
                 "of timesteps, usually 1000"
             ) from None
-        counts = [("align", 1), ("min_width", 1), ("calib_steps", 1), ("batch_size", 1), ("num_samples", 0)]
+        counts = [("align", 1), ("min_width", 1), ("calib_steps", 1), ("batch_size", 1), ("num_samples", 0), ("trials", 0)]
         for name, least in [*counts, ("num_inference_steps", 1), ("seed", 0)]:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
                 raise UserError(f"{name} must be a whole number of at least {least}; got {value}")
+        if self.trials:
+            self._check_trials()
         for name in ("repair_images", "latency_batch"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -207,6 +215,18 @@ class PruneOptions:
         for what, file in (("statistics", self.load_stats), ("plan", self.plan), ("prompt", self.prompt_embeds)):
             if file is not None and not Path(file).is_file():
                 raise UserError(f"the {what} file {file} does not exist")
+
+
+    def _check_trials(self) -> None:
+        if self.split != "sensitivity":
+            raise UserError(f"trials vary what the split sensitivity estimates; the split is {self.split}")
+        for name in ("plan", "target_latency"):
+            if getattr(self, name) is not None:
+                raise UserError(f"trials and {name} do not go together: both decide about the widths")
+        if self.offload:
+            raise UserError("trials and offload do not go together: candidates are repaired with both networks on the device")
+        if distributed.ranks().size > 1:
+            raise UserError("trials need a single process; run them alone, then replay the plan in several (plan=.../pruning.json)")
 
 
 @dataclass
@@ -390,6 +410,7 @@ class _Run:
     repair_report: Any = None
     split_report: dict[str, Any] = field(default_factory=dict)
     latency_report: dict[str, Any] = field(default_factory=dict)
+    trials_report: list[dict[str, Any]] = field(default_factory=list)
     conditioned: bool = False
     pipeline_folder: Path | None = None
     unet: Any = None
@@ -458,6 +479,8 @@ class _Run:
             return
         if self.criterion_needs_images():
             raise UserError(f"the pruner {o.pruner} needs images, and {type(self.unet).__name__} works on latents")
+        if o.trials:
+            raise UserError(f"trials are judged by images, and {type(self.unet).__name__} works on latents")
         input_spec(self.unet)
         prompts = Prompts() if o.prompt_embeds is None else Prompts.load(o.prompt_embeds)
         prompts.guidance = o.guidance_scale
@@ -652,7 +675,7 @@ class _Run:
         else:
             with self.stages("plan"):
                 self._plan_once()
-        self.pruned_params, self.pruned_macs = self._sizes(self.plan)
+        self.pruned_params, self.pruned_macs = self._sizes(self.plan, self.costs)
 
     def _plan_once(self) -> None:
         """Choose the plan, or take over the one of the main rank or of an earlier life of this run."""
@@ -676,11 +699,11 @@ class _Run:
             self.slots = find_slots(twin)
             self.costs = compaction.cost_model(twin, self.slots)
 
-    def _sizes(self, plan: PruningPlan) -> tuple[int, int]:
+    def _sizes(self, plan: PruningPlan, costs: CostModel) -> tuple[int, int]:
         sinusoid = None
-        if plan.config is not None and self.costs.sinusoid_consumers:
+        if plan.config is not None and costs.sinusoid_consumers:
             sinusoid = int(plan.config["block_out_channels"][0])
-        return self.costs.sizes(plan.widths, sinusoid=sinusoid)
+        return costs.sizes(plan.widths, sinusoid=sinusoid)
 
     def _problem(self, slots: SlotMap, costs: Any) -> WidthProblem:
         o = self.options
@@ -710,9 +733,10 @@ class _Run:
 
         def choose(problem: WidthProblem, target: Target) -> tuple[SlotMap, Any, PruningPlan]:
             if damage is None:
-                widths = uniform_widths(problem, target)
-            else:
-                widths = sensitive_widths(problem, target, damage, floor=FLOORS[o.layout])
+                return planned(uniform_widths(problem, target))
+            return planned(sensitive_widths(problem, target, damage, floor=FLOORS[o.layout]))
+
+        def planned(widths: dict[str, int]) -> tuple[SlotMap, Any, PruningPlan]:
             needed, final, final_costs = shortcuts, slots, costs
             if shortcuts:
                 needed, _, final, final_costs, widths = self._drop_idle_shortcuts(shortcuts, slots, widths)
@@ -722,10 +746,60 @@ class _Run:
             )  # fmt: skip
             return final, final_costs, plan
 
-        if o.target_latency is None:
+        if o.trials and damage is not None:
+            self.slots, self.costs, self.plan = self._by_trials(problem, damage, planned)
+        elif o.target_latency is None:
             self.slots, self.costs, self.plan = choose(problem, self.target)
         else:
             self.slots, self.costs, self.plan = self._by_latency(unet, problem, choose)
+
+    def _by_trials(self, problem: WidthProblem, damage: dict[str, list[float]], planned: Callable[[dict[str, int]], Any]) -> Any:
+        """Widths by what they do to the images: see `trials`."""
+        from . import evaluation, sampling, trials
+
+        o = self.options
+        count, images = (pair[self.device.type != "cpu"] for pair in (TRIAL_IMAGES, TRIAL_REPAIR))
+
+        def drawn(network: nn.Module) -> Tensor:
+            return sampling.sample(
+                network, self.scheduler, count, steps=o.num_inference_steps, seed=o.seed + 202, batch_size=o.batch_size,
+                device=self.device, dtype=self.dtype,
+            )  # fmt: skip
+
+        dense = drawn(self.unet)
+
+        def measure(widths: dict[str, int]) -> trials.Trial:
+            slots, costs, plan = planned(widths)
+            thin = self._repaired(plan, slots, images)
+            trial = trials.Trial(evaluation.ssim(dense, drawn(thin)), self._sizes(plan, costs)[1], _level_range(slots, plan), {})
+            self.log(f"trial: {trial.describe()}")
+            return trial
+
+        def widths_for(least: float | None, emphasis: Mapping[int, float]) -> dict[str, int]:
+            table = trials.emphasised(problem, damage, emphasis)
+            return sensitive_widths(problem, self.target, table, floor=FLOORS[o.layout] if least is None else least)
+
+        widths, tried = trials.search(widths_for, measure, range(problem.slots.levels), o.trials)
+        self.trials_report = [t.to_dict() for t in tried]
+        taken = next(t for t in tried if t.taken)
+        self.log(f"trials: the best of {len(tried)} is {taken.describe()}")
+        return planned(widths)
+
+    def _repaired(self, plan: PruningPlan, slots: SlotMap, images: int) -> nn.Module:
+        """The network of a plan, cut and repaired with this many images."""
+        from .repair import repair
+
+        o = self.options
+        twin = compaction.prepared_copy(self.unet, plan.identity_shortcuts)
+
+        def run(size: int) -> nn.Module:
+            thin = self._thin(plan)
+            if o.repair != "none":
+                keep = compaction.plan_keep(slots, plan)
+                repair(twin, thin, keep, self.batches(images, batch_size=size), method=o.repair, seed=o.seed, device=self.device)
+            return thin
+
+        return in_smaller_batches(run, o.batch_size, what="the repair of a trial", say=self.log)
 
     def _by_latency(self, unet: nn.Module, problem: WidthProblem, choose: Callable[[WidthProblem, Target], Any]) -> Any:
         """Widths by measured time: a table of layer times for the search, whole networks timed to hold it to."""
@@ -808,9 +882,13 @@ class _Run:
             self._cut()
 
     def _cut(self) -> None:
-        self.pruned = compaction.compact(self.unet, self.plan, backend=_backend_of("compact"))
+        self.pruned = self._thin(self.plan)
+
+    def _thin(self, plan: PruningPlan) -> Any:
+        thin = compaction.compact(self.unet, plan, backend=_backend_of("compact"))
         if self.criterion.draws_anew:
-            draw_anew(self.pruned, self.options.seed)
+            draw_anew(thin, self.options.seed)
+        return thin
 
     def repair(self) -> None:
         from .repair import repair
@@ -947,6 +1025,8 @@ class _Run:
             report["quality"] = self.quality
         if self.split_report:
             report["sensitivity"] = self.split_report
+        if self.trials_report:
+            report["trials"] = self.trials_report
         if self.latency_report:
             report["latency"] = self.latency_report
         if self.repair_report is not None:
@@ -1016,6 +1096,15 @@ class _Run:
         if study is not None:
             result.report["analysis"] = study
         return result
+
+
+def _level_range(slots: SlotMap, plan: PruningPlan) -> dict[str, list[int]]:
+    """Least and most channels that the slots of a level keep."""
+    found = {}
+    for level in range(slots.levels):
+        kept = [len(plan.keep[n]) for n, s in slots.slots.items() if level in s.levels]
+        found[f"level {level}"] = [min(kept), max(kept)]
+    return found
 
 
 def _backend_of(operation: str) -> str:

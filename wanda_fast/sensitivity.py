@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .elimination import factor, mean_variance
 from .inputs import forward, is_conditioned
 from .plan import WidthProblem
 from .slots import SlotMap
@@ -87,6 +88,7 @@ def study_layers(
     names = list(layers)
     sums: dict[str, Tensor] = {}
     squares: dict[str, Tensor] = {}
+    shifts: dict[str, Tensor] = {}
     counts = dict.fromkeys(names, 0)
     gains: dict[str, Tensor] = {}
     samples, energy = 0, 0.0
@@ -99,6 +101,9 @@ def study_layers(
             x = args[0].detach()
             rows = x.flatten(2).transpose(1, 2).reshape(-1, x.shape[1]) if x.ndim == 4 else x.reshape(-1, x.shape[-1])
             rows = rows.float()
+            if name not in shifts:  # near the mean, so that float32 products of what differs from it are exact enough
+                shifts[name] = rows.mean(0)
+            rows = rows - shifts[name]
             first = sums.get(name)
             sums[name] = rows.sum(0).double() + (0 if first is None else first)
             squares[name] = (rows.T @ rows).double() + (0 if first is None else squares[name])
@@ -156,10 +161,8 @@ def removal_error(study: LayerStudy, weight: Tensor, removed: Tensor) -> Tensor:
     cov = study.covariance
     rest = cov[removed][:, removed]
     if len(kept):
-        inner = cov[kept][:, kept].clone()
-        inner.diagonal().add_(_RIDGE * cov.diagonal().mean().clamp_min(1e-30))
         cross = cov[kept][:, removed]
-        rest = rest - cross.T @ torch.cholesky_solve(cross, torch.linalg.cholesky(inner))
+        rest = rest - cross.T @ torch.cholesky_solve(cross, factor(cov[kept][:, kept], _RIDGE * mean_variance(cov)))
     w = weight.detach()[:, removed].double()
     w = w.flatten(2) if w.ndim == 4 else w[..., None]  # [C_out, removed, kernel offsets]
     return torch.einsum("oik,ij,ojk->o", w, rest, w).clamp_min(0)

@@ -78,6 +78,9 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument("--split", choices=("uniform", "sensitivity"), default="sensitivity",
         help="sensitivity: estimates from a few images which levels can spare channels; uniform: every level is cut "
         "alike (default: sensitivity)")  # fmt: skip
+    group.add_argument("--trials", type=whole(0), default=0, metavar="N",
+        help="with the split 'sensitivity': cut, repair and sample up to N allocations of widths and keep the one whose images are "
+        "nearest to the dense network's; 0 takes the estimate as it is (default: 0)")  # fmt: skip
     group.add_argument("--combine", choices=("both", "producers", "consumers"), default="both",
         help="layers that judge a channel: those that write it, those that read it, or both (default: both)")  # fmt: skip
     group.add_argument("--norm_policy", choices=("balanced", "free", "groups"), default="free",
