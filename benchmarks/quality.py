@@ -21,7 +21,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -309,7 +309,7 @@ class Bench:
             "repair_images": args.repair_images or "default",
             "calibration": "the model's own samples: the bundled sheet, or 512 drawn with the row's seed",
             "times": "of rows measured alone; rows measured beside other processes get theirs afterwards (--speed): eager speed once for all "
-            "stock rows of one plan; prune_seconds for the main rows, calibration included, drawing its images not",
+            "stock rows of one plan; prune_seconds for the default recipe at the main budget, calibration included, drawing its images not",
             "prune_seconds": "all stages of prune, load to save, without samples; drawing and calibration are those of the first row of "
             "their seed, which the others reuse",
         }
@@ -622,7 +622,7 @@ def speeds(bench: Bench, args: argparse.Namespace, results: dict[str, Any], begi
         if args.budget_seconds is not None and spent > args.budget_seconds:
             log("the time is spent: stopping here")
             break
-        if config.main and row["prune_seconds"] is None:
+        if config.main and config.budget == MAIN_BUDGET and row["prune_seconds"] is None:
             row |= {k: bench.prune(config, "timed")[1][k] for k in ("prune_seconds", "stages")}
             log(f"{config}: {row['prune_seconds']} s of prune")
         shape = row["plan"] if config.layout == "stock" and not config.pruner.startswith("torch-pruning ") else key(row)
@@ -648,29 +648,22 @@ def speeds(bench: Bench, args: argparse.Namespace, results: dict[str, Any], begi
     return 0
 
 
-def chosen(args: argparse.Namespace) -> Iterator[Config]:
+def chosen(args: argparse.Namespace) -> list[Config]:
     """The rows asked for, in order."""
-    count = 0
-    for config in configurations():
-        if args.pruner and config.pruner not in args.pruner:
-            continue
-        if args.max_rows is not None and count >= args.max_rows:
-            return
-        count += 1
-        if args.rows is None or count - 1 in args.rows:
-            yield config
+    found = [c for c in configurations() if not args.pruner or c.pruner in args.pruner][: args.max_rows]
+    return found if args.rows is None else [found[i] for i in args.rows if i < len(found)]
 
 
-def numbers(text: str) -> set[int]:
-    """{0, 3, 4, 5} from "0,3-5"."""
-    found: set[int] = set()
+def numbers(text: str) -> tuple[int, ...]:
+    """(4, 0, 1, 2) from "4,0-2"."""
+    found: list[int] = []
     try:
         for part in text.split(","):
             first, _, last = part.partition("-")
-            found |= set(range(int(first), int(last or first) + 1))
+            found += range(int(first), int(last or first) + 1)
     except ValueError:
         raise argparse.ArgumentTypeError(f"numbers such as 0,3-5 are expected; got {text}") from None
-    return found
+    return tuple(found)
 
 
 def merge(files: Sequence[Path], out: Path) -> None:
@@ -925,7 +918,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--speed_batch", type=int, help="of the speed (default: 256, 8)")
     p.add_argument("--seed", type=int, default=0, help="of the samples (default: 0); the rows' seeds are those of calibration and repair")
     p.add_argument("--pruner", action="append", help="only rows of this criterion; may be repeated")
-    p.add_argument("--rows", type=numbers, metavar="0,3-5", help="only these rows of the order, counted from 0")
+    p.add_argument("--rows", type=numbers, metavar="0,3-5", help="only these rows of the order, counted from 0, in this order")
     p.add_argument("--merge", type=Path, nargs="+", metavar="FILE.json", help="put the rows of several files into --out; nothing is measured")
     p.add_argument("--max_rows", type=int, help="only the first rows of the order")
     p.add_argument("--budget_seconds", type=float, help="start no row that would end after this time")

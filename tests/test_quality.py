@@ -272,7 +272,7 @@ def test_grids(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_rows_by_number_and_files_put_together(tmp_path: Path) -> None:
-    assert quality.numbers("0,3-5") == {0, 3, 4, 5}
+    assert quality.numbers("4,0-2") == (4, 0, 1, 2)
     args = quality.parser().parse_args(["--rows", "0,2"])
     assert [str(c) for c in quality.chosen(args)] == [str(quality.configurations()[i]) for i in (0, 2)]
     head = {"env": {"torch": "x"}, "protocol": {"samples": 8}}
