@@ -81,7 +81,7 @@ GUIDE = {  # flags of the guide -> (a value, the option it sets)
     "timesteps": ("trajectory", "timesteps"), "split": ("uniform", "split"), "repair": ("bias", "repair"),
     "norm_policy": ("groups", "norm_policy"), "combine": ("producers", "combine"), "repair_images": ("3", "repair_images"),
     "backend": ("cpu", "backend"), "target_latency": ("0.6x", "target_latency"), "latency_mode": ("eager", "latency_mode"),
-    "latency_batch": ("3", "latency_batch"), "stats_memory": ("64M", "stats_memory"), "thr": ("0.1", "thr"),
+    "trials": ("3", "trials"), "latency_batch": ("3", "latency_batch"), "stats_memory": ("64M", "stats_memory"), "thr": ("0.1", "thr"),
 }  # fmt: skip
 
 
