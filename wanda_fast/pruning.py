@@ -56,7 +56,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # deep slots would shrink together, which an estimate slot by slot does not see.
 FLOORS: dict[str, tuple[float, ...]] = {"stock": (0.25,), "free": (0.5, 0.375, 0.25)}
 SENSITIVITY_IMAGES = (32, 128)  # noised images of the sensitivity study, on a CPU and on a GPU
-TRIAL_IMAGES = (16, 64)  # images that judge a trial, on a CPU and on a GPU
+TRIAL_IMAGES = (32, 128)  # images that judge a trial, on a CPU and on a GPU
 TRIAL_REPAIR = (64, 512)  # noised images of its repair: four times as many change no order (benchmarks/results/recipe-h200.md)
 SENSITIVITY_LIMIT = 6 << 30  # bytes of second moments, of conditioned networks
 _DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", **{n: n for n in DTYPES}}
@@ -771,7 +771,8 @@ class _Run:
         def measure(widths: dict[str, int]) -> trials.Trial:
             slots, costs, plan = planned(widths)
             thin = self._repaired(plan, slots, images)
-            trial = trials.Trial(evaluation.ssim(dense, drawn(thin)), self._sizes(plan, costs)[1], _level_range(slots, plan), {})
+            similar = [evaluation.ssim(*pair) for pair in zip(dense.split(1), drawn(thin).split(1), strict=True)]
+            trial = trials.Trial(similar, self._sizes(plan, costs)[1], _level_range(slots, plan), {})
             self.log(f"trial: {trial.describe()}")
             return trial
 

@@ -9,6 +9,7 @@ first with other least shares of a width, then with the damage of one level coun
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from .plan import WidthProblem
 
 LEAST_SHARES = (0.25, 0.375, 0.5, 0.625)  # of a width, besides the split's own
 FACTOR = 4.0  # what a level's damage is multiplied and divided by
-MARGIN = 0.003  # SSIM by which a candidate must be better: about what another noise changes
+CERTAINTY = 2.0  # standard errors of the mean difference by which a candidate must be better
 
 
 @dataclass
@@ -26,27 +27,37 @@ class Trial:
     """One allocation of widths that was tried.
 
     Attributes:
-        ssim: with the dense network's images from the same noise.
+        ssim: of each image with the dense network's from the same noise; the report holds their mean.
         macs: of the candidate.
         widths: level -> [least, most] channels kept.
         emphasis: level -> factor of its estimated damage; empty for 1.
         taken: whether it is the one that was taken.
     """
 
-    ssim: float
+    ssim: list[float]
     macs: int
     widths: dict[str, list[int]]
     emphasis: dict[str, float]
     taken: bool = False
 
+    @property
+    def mean(self) -> float:
+        return sum(self.ssim) / len(self.ssim)
+
+    def better_than(self, other: Trial) -> bool:
+        """Whether the mean is higher by twice the standard error of the difference, image by image: of few images some other
+        noise turns smaller differences around."""
+        gains = [a - b for a, b in zip(self.ssim, other.ssim, strict=True)]
+        return len(gains) > 1 and statistics.mean(gains) > CERTAINTY * statistics.stdev(gains) / math.sqrt(len(gains))
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return asdict(self)
+        return {**asdict(self), "ssim": self.mean}
 
     def describe(self) -> str:
         """One line for a person."""
         shown = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in self.widths.values())
-        return f"SSIM {self.ssim:.4f} with {shown} channels per level, {self.macs / 1e9:.3f} GMACs"
+        return f"SSIM {self.mean:.4f} with {shown} channels per level, {self.macs / 1e9:.3f} GMACs"
 
 
 def emphasised(problem: WidthProblem, damage: Mapping[str, list[float]], emphasis: Mapping[int, float]) -> dict[str, list[float]]:
@@ -65,7 +76,8 @@ def search(
     levels: Sequence[int],
     limit: int,
 ) -> tuple[dict[str, int], list[Trial]]:
-    """Try at most `limit` different allocations and keep the best; one that comes later must be better by `MARGIN`.
+    """Try at most `limit` different allocations and keep the best; one that comes later must be better beyond doubt
+    (`Trial.better_than`).
 
     Args:
         widths_for: (least share of a width or None for the split's own, level -> factor) -> kept channels per slot.
@@ -97,7 +109,7 @@ def search(
         seen.add(key)
         trials.append(measure(widths))
         trials[-1].emphasis = {f"level {n}": f for n, f in emphasis.items()}
-        if trials[-1].ssim > leader.ssim + MARGIN:
+        if trials[-1].better_than(leader):
             best, leader, share, factors = widths, trials[-1], asked, emphasis
 
     for asked in LEAST_SHARES:
