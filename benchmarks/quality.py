@@ -3,10 +3,9 @@
     python bench.py --quality --real IMAGES --budget_seconds 540                 rows in order of priority, as many as the time allows
     python bench.py --quality --shared --rows 1-9 --out PART.json                one of some processes on one GPU, without times; then --merge
     python bench.py --quality --speed                                            missing times; compiled images per second of the main rows
-    python -m benchmarks.quality --plot                                          docs/quality-<model>.png from the results
-    python -m benchmarks.quality --table                                         the table in README.md from the results
     python -m benchmarks.quality --grids                                         docs/grid-<model>.png: samples before and after, three budgets
 
+Tables and plots are made from the results by `python -m benchmarks.quality_report`.
 A row is written as soon as it is measured, and a row that is there is not measured again: a run that was stopped goes on where it was.
 Dense and pruned networks are always sampled in the same number format; how much that format alone changes is measured too (`precision_ssim`).
 """
@@ -29,12 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import table
 from benchmarks.harness import environment, log
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
-BEGIN, END = "<!-- quality table: begin -->", "<!-- quality table: end -->"
 # 4.6, 3.41, 2.4 and 1.5 GMACs of the 6.05 of the ddpm-cifar10-32 architecture
 MAIN_BUDGET = "56.3%"
 BUDGETS = ("76%", MAIN_BUDGET, "39.6%", "24.8%")
@@ -322,7 +319,7 @@ class Bench:
         row = self.row(configurations()[0], self.unet)
         row |= {
             "plan": "dense",
-            "fd": None if self.real is None else frechet_distance(self.dense_stats, self.real),
+            "fd": None if self.real is None else frechet_distance(self.dense_stats, self.real, self.device),
             "fd_to_dense": 0.0, "ssim": 1.0, "psnr": None, "noise_mse": 0.0, "prune_seconds": 0.0, "precision_ssim": self.floor,
             "noise_images_from": self.held_out_source,
             **self.noise(self.unet), **self.eager_speed(self.unet),
@@ -352,8 +349,8 @@ class Bench:
         sampled_at = time.perf_counter()
         stats = self.statistics(images)
         row |= {
-            "fd": None if self.real is None else frechet_distance(stats, self.real),
-            "fd_to_dense": None if stats is None else frechet_distance(stats, self.dense_stats),
+            "fd": None if self.real is None else frechet_distance(stats, self.real, self.device),
+            "fd_to_dense": None if stats is None else frechet_distance(stats, self.dense_stats, self.device),
             "ssim": evaluation.ssim(images, self.dense_images),
             "psnr": evaluation.psnr(images, self.dense_images),
             **self.noise(unet),
@@ -713,130 +710,7 @@ def one_line(row: Row, seconds: float) -> str:
     )
 
 
-# ---------------------------------------------------------------------------------------------------- table, plot, grids
-
-
-def _label(row: Row) -> str:
-    if row["pruner"] == "dense":
-        return "dense"
-    extras = [] if row["repair"] == "lstsq" else [f"repair {row['repair']}"]
-    extras += [row["layout"]] if row["layout"] != "stock" else []
-    extras += ["uniform split"] if row["split"] == "uniform" else []
-    return ", ".join([row["pruner"], *extras])
-
-
-def grouped(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows that differ in nothing but the seed."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(key({**row, "seed": "*"}), []).append(row)
-    return list(groups.values())
-
-
-def _spread(rows: Sequence[Row], name: str, form: str) -> str:
-    values = [row[name] for row in rows if row.get(name) is not None]
-    if not values:
-        return "-"
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return format(mean, form)
-    return f"{format(mean, form)} ± {format((sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5, form)}"
-
-
-def markdown(results: dict[str, Any]) -> str:
-    """README's tables: one per model, rows of several seeds as mean ± deviation."""
-    env, protocol = results["env"], results["protocol"]
-    features, real = protocol["features"], protocol["real"]
-    against = f"to {real['count']:,} images of {real['source']}" if real else "no real images"
-    lines = [
-        f"{env.get('gpu') or env.get('cpu')}, torch {env['torch']}; {protocol['samples']:,} samples, DDIM-{protocol['steps']}, "
-        f"{protocol['precision']}. "
-        f"FD: Fréchet distance in {features['features'] if features else 'no'} features {against}; SSIM with the dense network's "
-        "images from the same noise. ± is the deviation over seeds of calibration and repair.",
-    ]
-    for model in dict.fromkeys(row["model"] for row in results["rows"]):
-        lines += [
-            "",
-            f"**{model}**",
-            "",
-            "| criterion | MACs | parameters | widths | seeds | FD | SSIM | noise MSE | images/s eager | compiled, × dense | prune, s |",
-            "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|",
-        ]
-        mine = grouped([row for row in results["rows"] if row["model"] == model])
-        for rows in sorted(mine, key=lambda g: (-float(g[0]["budget"].rstrip("%")), g[0]["repair"] == "none")):
-            row = rows[0]
-            dense, fast = row.get("images_per_s_compiled_dense"), row.get("images_per_s_compiled")
-            widths = row["plan"] if len({r["plan"] for r in rows}) == 1 else "differ"
-            lines.append(
-                f"| {_label(row)} | {row['macs'] / 1e9:.3g} G | {row['params'] / 1e6:.3g} M | {widths} | {len(rows)} | "
-                f"{_spread(rows, 'fd', '.1f')} | {_spread(rows, 'ssim', '.3f')} | "
-                f"{_spread(rows, 'noise_mse', '.5f')} | {_spread(rows[:1], 'images_per_s', '.0f')} | "
-                f"{f'{fast:.0f}, {fast / dense:.2f}×' if fast and dense else '-'} | {_spread(rows, 'prune_seconds', '.1f')} |"
-            )
-    return "\n".join(lines)
-
-
-def insert(readme: str, content: str) -> str:
-    """`readme` with everything between the two markers replaced."""
-    try:
-        return table.insert(readme, content, BEGIN, END)
-    except ValueError as error:
-        raise Refused(str(error)) from error
-
-
-def plot(results: dict[str, Any], folder: Path) -> list[Path]:
-    """Quality against multiply-accumulates, one line per method: SSIM, and the Fréchet distance where it was measured."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    written = []
-    for model in dict.fromkeys(row["model"] for row in results["rows"]):
-        rows = [row for row in results["rows"] if row["model"] == model]
-        panels = [p for p in (("ssim", "SSIM with the dense network's images"), ("fd", "Fréchet distance to real images"))
-                  if any(row.get(p[0]) is not None for row in rows)]  # fmt: skip
-        figure, axes = plt.subplots(1, len(panels), figsize=(5.6 * len(panels) + 2.6, 5), squeeze=False)
-        labels = [label for label in dict.fromkeys(_label(row) for row in rows) if label != "dense"]
-        for axis, (name, title) in zip(axes[0], panels, strict=True):
-            for i, label in enumerate(labels):
-                groups = sorted(grouped([row for row in rows if _label(row) == label]), key=lambda g: g[0]["macs"])
-                points = []
-                for group in groups:
-                    values = [row[name] for row in group if row.get(name) is not None]
-                    if values:
-                        macs = sum(row["macs"] for row in group) / len(group) / 1e9
-                        points.append((macs, sum(values) / len(values), min(values), max(values)))
-                if not points:
-                    continue
-                x, y, low, high = zip(*points, strict=True)
-                ours = label.startswith(OURS)
-                axis.errorbar(
-                    x, y, yerr=[[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]],
-                    marker="osD^vP*Xph<>"[i % 12], color=plt.get_cmap("tab20")(i % 20), linestyle="-" if "repair" not in label else ":",
-                    linewidth=2 if ours else 1, markersize=6, label=label, capsize=3,
-                )  # fmt: skip
-            dense = [row for row in rows if row["pruner"] == "dense" and row.get(name) is not None]
-            if dense:
-                axis.axhline(dense[0][name], color="black", linewidth=0.8, linestyle="--")
-                axis.plot([dense[0]["macs"] / 1e9], [dense[0][name]], "k*", markersize=11, label="dense")
-            if name == "fd":
-                axis.set_yscale("log")
-            axis.set_xlabel("GMACs of one forward pass")
-            axis.set_ylabel(title)
-            axis.grid(alpha=0.3, which="both")
-        axes[0][-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
-        env, protocol = results["env"], results["protocol"]
-        features = f", {protocol['features']['features']} features" if protocol["features"] and len(panels) == 2 else ""
-        machine = env.get("gpu") or env.get("cpu")
-        figure.suptitle(f"{model}: {protocol['samples']:,} samples, DDIM-{protocol['steps']}{features}, {machine}", fontsize=10)
-        figure.tight_layout()
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"quality-{model}.png"
-        figure.savefig(path, dpi=100)
-        plt.close(figure)
-        written.append(path)
-    return written
+# ---------------------------------------------------------------------------------------------------------------- grids
 
 
 def grids(args: argparse.Namespace) -> Path:
@@ -895,8 +769,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--quality", action="store_true", help=argparse.SUPPRESS)
     what = p.add_mutually_exclusive_group()
     what.add_argument("--speed", action="store_true", help="add the compiled images per second to the main rows; nothing else is measured")
-    what.add_argument("--plot", action="store_true", help="draw the frontier of --out into --folder")
-    what.add_argument("--table", action="store_true", help="write the table of --out into README.md")
     what.add_argument("--grids", action="store_true", help="write samples before and after pruning to three budgets into --folder")
     p.add_argument("--model",
         help="folder, hub id, or int8 weight pack (.npz) of the ddpm-cifar10-32 architecture (default: the bundled model)")  # fmt: skip
@@ -932,7 +804,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--cache", metavar="FOLDER", help="keep calibration, statistics and pruned networks here (default: a temporary folder)")
     p.add_argument("--out", type=Path, default=RESULTS, metavar="FILE.json", help="results (default: benchmarks/results/quality.json)")
     p.add_argument("--resume", type=Path, metavar="FILE.json", help="rows to begin with (default: those of --out)")
-    p.add_argument("--folder", type=Path, default=ROOT / "docs", help="for --plot and --grids (default: docs)")
+    p.add_argument("--folder", type=Path, default=ROOT / "docs", help="for --grids (default: docs)")
     p.add_argument("--columns", type=int, default=10, help="images per row of --grids (default: 10)")
     return p
 
@@ -947,17 +819,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if args.grids:
             log(f"wrote {args.folder.name}/{grids(args).name}")
-            return 0
-        if args.plot or args.table:
-            results = read_results(args.out)
-            if results is None:
-                raise Refused(f"{args.out}: no such file")
-            if args.plot:
-                for path in plot(results, args.folder):
-                    log(f"wrote {args.folder.name}/{path.name}")
-            else:
-                readme = ROOT / "README.md"
-                readme.write_text(insert(readme.read_text(encoding="utf-8"), markdown(results)), encoding="utf-8")
             return 0
         return run(args)
     except (Refused, UserError) as error:

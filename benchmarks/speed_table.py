@@ -1,4 +1,5 @@
-"""The table of images per second. `python -m benchmarks.speed_table` rewrites it in README.md from `RESULT`, between its own two markers.
+"""The table of images per second. `python -m benchmarks.speed_table` rewrites it from `RESULT`: batch 256 in README.md, between its own two
+markers, all of it in `FULL`.
 
     python bench.py --op images_per_s --full --out benchmarks/results/h200-speed.json
 """
@@ -7,21 +8,25 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Container
 from typing import Any
 
 from benchmarks.table import ROOT, insert
 
 RESULT = ROOT / "benchmarks" / "results" / "h200-speed.json"
+FULL = ROOT / "benchmarks" / "results" / "speed-h200.md"
 BEGIN, END = "<!-- speed table: begin -->", "<!-- speed table: end -->"
 MODES = ("eager", "eager graph", "compiled", "compiled graph")
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """Images per second: a line per network and batch, a column per mode, in brackets times the dense network's; reasons for gaps below."""
+def markdown(result: dict[str, Any], batches: Container[int] | None = None) -> str:
+    """Images per second: a line per network and batch (`batches` alone), a column per mode, in brackets times the dense network's; reasons
+    for gaps below.
+    """
     env = result["env"]
     groups: dict[tuple[str, int, str], dict[str, dict[str, Any]]] = {}
     for row in result["rows"]:
-        if row["op"] == "images_per_s":
+        if row["op"] == "images_per_s" and (batches is None or row["batch_size"] in batches):
             groups.setdefault((row["model"], row["batch_size"], row["network"]), {})[row["mode"]] = row
     modes = [m for m in MODES if any(m in by_mode for by_mode in groups.values())]
     dtypes = sorted({row["dtype"] for by_mode in groups.values() for row in by_mode.values()})
@@ -52,9 +57,21 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def content(result: dict[str, Any]) -> str:
+    """What stands between README's markers."""
+    file = FULL.relative_to(ROOT).as_posix()
+    return f"{markdown(result, (256,))}\n\nBatches of 1 and 16: [{file}]({file})."
+
+
+def full(result: dict[str, Any]) -> str:
+    """The text of `FULL`."""
+    return f"# Images per second, dense against pruned\n\nMade by `python -m benchmarks.speed_table`.\n\n{markdown(result)}\n"
+
+
 def main() -> int:
-    readme = ROOT / "README.md"
-    readme.write_text(insert(readme.read_text(), markdown(json.loads(RESULT.read_text())), BEGIN, END))
+    readme, result = ROOT / "README.md", json.loads(RESULT.read_text())
+    readme.write_text(insert(readme.read_text(), content(result), BEGIN, END))
+    FULL.write_text(full(result))
     return 0
 
 

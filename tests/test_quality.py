@@ -19,7 +19,7 @@ from test_features import Colours, folder_of, pictures
 
 import wanda_fast
 from benchmarks import main as bench
-from benchmarks import quality, rivals
+from benchmarks import quality, quality_report, rivals, table
 from wanda_fast import checkpoint, evaluation, features
 
 TINY = {**PLAIN, "sample_size": 8}
@@ -189,7 +189,7 @@ def test_a_checkpoint_is_measured_as_it_is(place: Path, first: list[dict[str, An
     assert all(row[name] == first[1][name] for name in ("ssim", "fd", "macs", "plan"))
     quality.merge([place / "quality.json", place / "checkpoint.json"], place / "merged.json")
     assert len(rows(place, "merged.json")) == 3
-    assert "repair lstsq + 5 steps" in quality.markdown(json.loads((place / "merged.json").read_text()))
+    assert "repair lstsq + 5 steps" in quality_report.markdown(json.loads((place / "merged.json").read_text()))
 
 
 def test_order_of_rows() -> None:
@@ -236,30 +236,38 @@ def synthetic() -> dict[str, Any]:
 
 
 def test_table_joins_seeds() -> None:
-    text = quality.markdown(synthetic())
-    assert "| wanda-diff | 3.4 G | 20 M | (8, 16) | 2 | 20.5 ± 0.7 | 0.960 ± 0.014 |" in text and "300, 1.50×" in text
+    text = quality_report.markdown(synthetic())
+    assert "| wanda-diff | 3.4 G | 20 ± 0 M | (8, 16) | 2 | 20.5 ± 0.7 | 0.960 ± 0.014 |" in text and "300, 1.50×" in text
     assert "| magnitude, repair none |" in text and "10,000 images of cifar10-test" in text and "colours features" in text
     lines = text.splitlines()
     assert next(i for i, x in enumerate(lines) if "| dense" in x) < next(i for i, x in enumerate(lines) if "| magnitude | " in x)
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+    brief = quality_report.markdown(synthetic(), brief=True)
+    assert "| wanda-diff |" in brief and "magnitude" not in brief, "other budgets and rivals without repair are left out"
 
 
-def test_plot_and_insert(tmp_path: Path) -> None:
-    (path,) = quality.plot(synthetic(), tmp_path)
+def test_columns_without_values_are_left_out() -> None:
+    results = synthetic()
+    for row in results["rows"]:
+        row["fd"] = None
+    text = quality_report.markdown(results)
+    assert "| FD |" not in text and "| SSIM |" in text and len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+
+
+def test_plot(tmp_path: Path) -> None:
+    (path,) = quality_report.plot(synthetic(), tmp_path)
     assert path.name == "quality-tiny.png" and min(Image.open(path).size) > 300
-    readme = f"a\n{quality.BEGIN}\nold\n{quality.END}\nb\n"
-    assert quality.insert(readme, "new") == f"a\n{quality.BEGIN}\nnew\n{quality.END}\nb\n"
-    with pytest.raises(quality.Refused, match="must hold"):
-        quality.insert("nothing", "new")
 
 
 def test_readme_shows_the_results() -> None:
-    """README's table is made from benchmarks/results/quality.json; without results there is no table."""
+    """README's tables and the long one are made from the results; without results there is no table."""
     readme = (quality.ROOT / "README.md").read_text(encoding="utf-8")
-    results = quality.read_results(quality.RESULTS)
-    if results is None:
-        assert quality.BEGIN not in readme
+    if not quality_report._results():
+        assert quality_report.BEGIN not in readme and not quality_report.FULL.exists()
     else:
-        assert readme == quality.insert(readme, quality.markdown(results)), "run: python -m benchmarks.quality --table"
+        made = table.insert(readme, quality_report.content(), quality_report.BEGIN, quality_report.END)
+        whole = quality_report.FULL.read_text(encoding="utf-8")
+        assert readme == made and whole == quality_report.full(), "run: python -m benchmarks.quality_report"
 
 
 def test_grids(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

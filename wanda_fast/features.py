@@ -551,11 +551,14 @@ def halving(extractor: FeatureExtractor, batch: Tensor) -> list[Tensor]:
     return halving(extractor, batch[:half]) + halving(extractor, batch[half:])
 
 
-def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
+def frechet_distance(a: FeatureStats, b: FeatureStats, device: torch.device | str = "cpu") -> float:
     """|μ_a - μ_b|² + tr(C_a) + tr(C_b) - 2 tr((C_a C_b)^½), in float64.
 
     The trace of the root is Σ√λ of C_a^½ C_b C_a^½, a symmetric matrix, so that singular covariances (fewer images than
     features) need no correction and no complex numbers appear.
+
+    Args:
+        device: where the two eigenvalue problems are solved; a GPU leaves the processor to others.
 
     Raises:
         UserError: different protocols; both are named.
@@ -563,10 +566,10 @@ def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
     Source: Heusel et al. 2017, arXiv:1706.08500.
     """
     a.check_same(b)
-    values, vectors = torch.linalg.eigh(a.cov.double())
+    values, vectors = torch.linalg.eigh(a.cov.to(device, torch.float64))
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    inner = root @ b.cov.double() @ root
-    squares = torch.linalg.eigvalsh((inner + inner.T) / 2)
+    inner = root @ b.cov.to(device, torch.float64) @ root
+    squares = torch.linalg.eigvalsh((inner + inner.T) / 2).cpu()
     # What rounding leaves of a zero eigenvalue would count with its square root, a thousand times over.
     squares = squares[squares > squares.max().clamp_min(0) * len(squares) * torch.finfo(torch.float64).eps]
     distance = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * squares.sqrt().sum()
