@@ -80,6 +80,7 @@ def configurations() -> list[Config]:
     found += [Config(p, budget=b) for b in BUDGETS if b != MAIN_BUDGET for p in RIVALS]
     found += [Config(OURS, layout="free", budget=b) for b in BUDGETS if b != MAIN_BUDGET]
     found += [Config(p, split="uniform") for p in (OURS, *RIVALS)]
+    found += [Config(p, layout="free", seed=s) for p in ("wanda-fluctuation", "lstsq-residual") for s in range(3)]
     return found
 
 
