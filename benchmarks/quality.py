@@ -2,6 +2,7 @@
 
     python bench.py --quality --real IMAGES --budget_seconds 540                 rows in order of priority, as many as the time allows
     python bench.py --quality --shared --rows 1-9 --out PART.json                one of some processes on one GPU, without times; then --merge
+                                                                                 (OMP_NUM_THREADS=4 for each: their threads would wait)
     python bench.py --quality --speed                                            missing times; compiled images per second of the main rows
     python -m benchmarks.quality --grids                                         docs/grid-<model>.png: samples before and after, three budgets
 
