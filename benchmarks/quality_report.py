@@ -40,7 +40,7 @@ def _spread(rows: Sequence[Row], name: str, form: str, unit: float = 1) -> str:
     if not values:
         return "-"
     mean = sum(values) / len(values)
-    if len(values) == 1:
+    if max(values) == min(values):
         return format(mean, form)
     return f"{format(mean, form)} ± {format((sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5, form)}"
 
@@ -122,6 +122,8 @@ def plot(results: dict[str, Any], folder: Path) -> list[Path]:
     written = []
     for model in dict.fromkeys(row["model"] for row in results["rows"]):
         rows = [row for row in results["rows"] if row["model"] == model]
+        if len({row["budget"] for row in rows}) < 3:  # the dense network and one budget are no frontier
+            continue
         panels = [p for p in (("ssim", "SSIM with the dense network's images"), ("fd", "Fréchet distance to real images"))
                   if any(row.get(p[0]) is not None for row in rows)]  # fmt: skip
         figure, axes = plt.subplots(1, len(panels), figsize=(5.6 * len(panels) + 2.6, 5), squeeze=False)

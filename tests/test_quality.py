@@ -237,7 +237,7 @@ def synthetic() -> dict[str, Any]:
 
 def test_table_joins_seeds() -> None:
     text = quality_report.markdown(synthetic())
-    assert "| wanda-diff | 3.4 G | 20 ± 0 M | (8, 16) | 2 | 20.5 ± 0.7 | 0.960 ± 0.014 |" in text and "300, 1.50×" in text
+    assert "| wanda-diff | 3.4 G | 20 M | (8, 16) | 2 | 20.5 ± 0.7 | 0.960 ± 0.014 |" in text and "300, 1.50×" in text
     assert "| magnitude, repair none |" in text and "10,000 images of cifar10-test" in text and "colours features" in text
     lines = text.splitlines()
     assert next(i for i, x in enumerate(lines) if "| dense" in x) < next(i for i, x in enumerate(lines) if "| magnitude | " in x)
@@ -257,6 +257,9 @@ def test_columns_without_values_are_left_out() -> None:
 def test_plot(tmp_path: Path) -> None:
     (path,) = quality_report.plot(synthetic(), tmp_path)
     assert path.name == "quality-tiny.png" and min(Image.open(path).size) > 300
+    results = synthetic()
+    results["rows"] = results["rows"][:3]
+    assert quality_report.plot(results, tmp_path) == [], "one budget is no frontier"
 
 
 def test_readme_shows_the_results() -> None:
