@@ -45,53 +45,98 @@ def _spread(rows: Sequence[Row], name: str, form: str, unit: float = 1) -> str:
     return f"{format(mean, form)} ± {format((sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5, form)}"
 
 
-def _in_readme(row: Row) -> bool:
-    """The dense network, all that is repaired at the main budget, and the default recipe without repair; `FULL` holds the rest."""
-    if row["pruner"] in ("dense", OURS):
-        return row["budget"] in (MAIN_BUDGET, "100%") and row["split"] != "uniform"
-    told = row["repair"] != "none" or row["pruner"].startswith("torch-pruning")
-    return told and row["budget"] == MAIN_BUDGET and row["split"] != "uniform"
+def _mean(rows: Sequence[Row], name: str) -> float:
+    return sum(row[name] for row in rows) / len(rows)
 
 
-def markdown(results: dict[str, Any], brief: bool = False) -> str:
-    """One table per model, rows of several seeds as mean ± deviation; columns without a value are left out."""
+def _in_readme(groups: Sequence[list[Row]]) -> dict[int, str]:
+    """The groups of a model that README shows, and what to call them: the dense network, the default recipe in both layouts and without repair,
+    the best rival at the main budget, and chance. `FULL` holds the rest.
+    """
+    main = [i for i, g in enumerate(groups) if g[0]["budget"] == MAIN_BUDGET and g[0]["split"] != "uniform"]
+    rivals = [i for i in main if groups[i][0]["pruner"] != OURS and groups[i][0]["repair"] == "lstsq"]
+    best = max(rivals, key=lambda i: _mean(groups[i], "ssim"), default=None)
+    found = {}
+    for i, group in enumerate(groups):
+        row = group[0]
+        ours = i in main and row["pruner"] == OURS and row["repair"] in ("lstsq", "none")
+        chance = i in main and (row["pruner"], row["repair"], row["layout"]) == ("random", "lstsq", "stock")
+        if row["pruner"] == "dense" or ours or chance or i == best:
+            found[i] = _label(row) + (" (the best rival)" if i == best else "")
+    return found
+
+
+def _head(results: dict[str, Any], more: str = "") -> str:
+    """Machine and protocol, `more`, and what FD is."""
     env, protocol = results["env"], results["protocol"]
     features, real = protocol["features"], protocol["real"]
-    lines = [
+    text = (
         f"{env.get('gpu') or env.get('cpu')}, torch {env['torch']}; {protocol['samples']:,} samples, DDIM-{protocol['steps']}, "
-        f"{protocol['precision']}. SSIM with the dense network's images from the same noise; ± is the deviation over seeds of calibration "
-        "and repair."
-    ]
+        f"{protocol['precision']}.{more}"
+    )
     if features and real:
-        lines[0] += f" FD: Fréchet distance in {features['features']} features to {real['count']:,} images of {real['source']}."
+        text += f" FD: Fréchet distance in {features['features']} features to {real['count']:,} images of {real['source']}."
+    return text
 
-    def compiled(rows: Sequence[Row]) -> str:
-        dense, fast = rows[0].get("images_per_s_compiled_dense"), rows[0].get("images_per_s_compiled")
-        return f"{fast:.0f}, {fast / dense:.2f}×" if fast and dense else "-"
 
-    columns: list[tuple[str, str, Any]] = [
-        ("criterion", "---", lambda rows: _label(rows[0])),
-        ("MACs", "---:", lambda rows: f"{rows[0]['macs'] / 1e9:.3g} G"),
-        ("parameters", "---:", lambda rows: _spread(rows, "params", ".3g", 1e-6) + " M"),
-        ("widths", "---", lambda rows: rows[0]["plan"] if len({r["plan"] for r in rows}) == 1 else "differ"),
-        ("seeds", "---:", lambda rows: str(len(rows))),
-        ("FD", "---:", lambda rows: _spread(rows, "fd", ".1f")),
-        ("SSIM", "---:", lambda rows: _spread(rows, "ssim", ".3f")),
-        ("noise MSE", "---:", lambda rows: _spread(rows, "noise_mse", ".5f")),
-        ("images/s eager", "---:", lambda rows: _spread(rows[:1], "images_per_s", ".0f")),
-        ("compiled, × dense", "---:", compiled),
-        ("prune, s", "---:", lambda rows: _spread([r for r in rows if r["pruner"] != "dense"], "prune_seconds", ".1f")),
-    ]
-    for model in dict.fromkeys(row["model"] for row in results["rows"]):
-        mine = grouped([row for row in results["rows"] if row["model"] == model and (not brief or _in_readme(row))])
-        mine.sort(key=lambda g: (-float(g[0]["budget"].rstrip("%")), g[0]["repair"] == "none", -sum(r["ssim"] for r in g) / len(g)))
-        cells = [[make(rows) for _, _, make in columns] for rows in mine]
-        shown = [i for i in range(len(columns)) if any(line[i] != "-" for line in cells)]
-        lines += ["", f"**{model}**", ""] + [
-            "| " + " | ".join(line[i] for i in shown) + " |" for line in ([name for name, *_ in columns], *cells)
-        ]  # fmt: skip
-        lines.insert(len(lines) - len(cells), "|" + "|".join(columns[i][1] for i in shown) + "|")
+def _compiled(rows: Sequence[Row]) -> str:
+    dense, fast = rows[0].get("images_per_s_compiled_dense"), rows[0].get("images_per_s_compiled")
+    return f"{fast:.0f}, {fast / dense:.2f}×" if fast and dense else "-"
+
+
+COLUMNS: list[tuple[str, str, Any]] = [
+    ("MACs", "---:", lambda rows: f"{rows[0]['macs'] / 1e9:.3g} G"),
+    ("parameters", "---:", lambda rows: _spread(rows, "params", ".3g", 1e-6) + " M"),
+    ("widths", "---", lambda rows: rows[0]["plan"] if len({r["plan"] for r in rows}) == 1 else "differ"),
+    ("seeds", "---:", lambda rows: str(len(rows))),
+    ("FD", "---:", lambda rows: _spread(rows, "fd", ".1f")),
+    ("SSIM", "---:", lambda rows: _spread(rows, "ssim", ".3f")),
+    ("noise MSE", "---:", lambda rows: _spread(rows, "noise_mse", ".5f")),
+    ("images/s eager", "---:", lambda rows: _spread(rows[:1], "images_per_s", ".0f")),
+    ("compiled, × dense", "---:", _compiled),
+    ("prune, s", "---:", lambda rows: _spread([r for r in rows if r["pruner"] != "dense"], "prune_seconds", ".1f")),
+]
+IN_README = ("MACs", "parameters", "seeds", "FD", "SSIM", "noise MSE")
+
+
+def _lines(named: Sequence[tuple[str, list[Row]]], first: str, allowed: Sequence[str] = ()) -> list[str]:
+    """A table of these groups; columns without a value are left out."""
+    columns = [column for column in COLUMNS if not allowed or column[0] in allowed]
+    cells = [[make(rows) for _, _, make in columns] for _, rows in named]
+    shown = [i for i in range(len(columns)) if any(line[i] != "-" for line in cells)]
+    lines = [f"| {first} | {' | '.join(columns[i][0] for i in shown)} |", f"|---|{'|'.join(columns[i][1] for i in shown)}|"]
+    return lines + [f"| {name} | {' | '.join(line[i] for i in shown)} |" for (name, _), line in zip(named, cells, strict=True)]
+
+
+def _by_model(results: dict[str, Any]) -> dict[str, list[list[Row]]]:
+    """Groups of rows, the largest budget and the best SSIM first, what is not repaired last."""
+    models: dict[str, list[list[Row]]] = {}
+    for group in grouped(results["rows"]):
+        models.setdefault(group[0]["model"], []).append(group)
+    for groups in models.values():
+        groups.sort(key=lambda g: (-float(g[0]["budget"].rstrip("%")), g[0]["repair"] == "none", -_mean(g, "ssim")))
+    return models
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """One table per model, rows of several seeds as mean ± deviation."""
+    more = " SSIM with the dense network's images from the same noise; ± is the deviation over seeds of calibration and repair."
+    lines = [_head(results, more)]
+    for model, groups in _by_model(results).items():
+        lines += ["", f"**{model}**", "", *_lines([(_label(group[0]), group) for group in groups], "criterion")]
     return "\n".join(lines)
+
+
+def brief(found: Sequence[dict[str, Any]]) -> str:
+    """README's table: some rows of every model in one, and below it how they were measured."""
+    named, heads = [], []
+    for results in found:
+        for model, groups in _by_model(results).items():
+            named += [(f"{model}, {name}", groups[i]) for i, name in _in_readme(groups).items()]
+            heads.append(f"{model}: {_head(results)}")
+    file = FULL.relative_to(ROOT).as_posix()
+    heads.append(f"[All criteria, other budgets and splits, seconds]({file}).")
+    return "\n".join([*_lines(named, "network, criterion", IN_README), "", " ".join(heads)])
 
 
 def _results() -> list[dict[str, Any]]:
@@ -100,9 +145,7 @@ def _results() -> list[dict[str, Any]]:
 
 def content() -> str:
     """What stands between README's markers."""
-    file = FULL.relative_to(ROOT).as_posix()
-    last = f"All rows, other budgets and without repair: [{file}]({file})."
-    return "\n\n".join([*(markdown(found, brief=True) for found in _results()), last])
+    return brief(_results())
 
 
 def full() -> str:

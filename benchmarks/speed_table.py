@@ -1,5 +1,5 @@
-"""The table of images per second. `python -m benchmarks.speed_table` rewrites it from `RESULT`: batch 256 in README.md, between its own two
-markers, all of it in `FULL`.
+"""The table of images per second. `python -m benchmarks.speed_table` rewrites it from `RESULT`: the largest batch in README.md, between its
+own two markers, all of it in `FULL`.
 
     python bench.py --op images_per_s --full --out benchmarks/results/h200-speed.json
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Container
 from typing import Any
 
 from benchmarks.table import ROOT, insert
@@ -17,26 +16,27 @@ RESULT = ROOT / "benchmarks" / "results" / "h200-speed.json"
 FULL = ROOT / "benchmarks" / "results" / "speed-h200.md"
 BEGIN, END = "<!-- speed table: begin -->", "<!-- speed table: end -->"
 MODES = ("eager", "eager graph", "compiled", "compiled graph")
+BRIEF = 256, ("eager", "compiled", "compiled graph")  # README's batch and modes
 
 
-def markdown(result: dict[str, Any], batches: Container[int] | None = None) -> str:
-    """Images per second: a line per network and batch (`batches` alone), a column per mode, in brackets times the dense network's; reasons
-    for gaps below.
+def markdown(result: dict[str, Any], brief: bool = False) -> str:
+    """Images per second: a line per network and batch, a column per mode, in brackets times the dense network's; reasons for gaps below.
+    `brief`: README's batch and modes alone.
     """
     env = result["env"]
     groups: dict[tuple[str, int, str], dict[str, dict[str, Any]]] = {}
     for row in result["rows"]:
-        if row["op"] == "images_per_s" and (batches is None or row["batch_size"] in batches):
+        if row["op"] == "images_per_s" and (not brief or (row["batch_size"] == BRIEF[0] and row["mode"] in BRIEF[1])):
             groups.setdefault((row["model"], row["batch_size"], row["network"]), {})[row["mode"]] = row
     modes = [m for m in MODES if any(m in by_mode for by_mode in groups.values())]
     dtypes = sorted({row["dtype"] for by_mode in groups.values() for row in by_mode.values()})
-    lines = [
+    head = (
         f"{env.get('gpu') or env.get('cpu')}, torch {env['torch']}, triton {env['triton']}, commit {env['commit']}; "
-        f"{', '.join(dtypes)}, channels-last; batch / (50 · median of a forward pass), networks in turns; (×): times the dense network's.",
-        "",
-        f"| architecture, widths per level | MACs | batch | {' | '.join(modes)} |",
-        f"|---|---:|---:|{'---:|' * len(modes)}",
-    ]
+        f"{', '.join(dtypes)}, channels-last; batch / (50 · median of a forward pass), networks in turns; (×): times the dense network's."
+    )
+    if brief:
+        head += f" [Batches of 1 and 16, and CUDA graphs without the compiler]({FULL.relative_to(ROOT).as_posix()})."
+    lines = [head, "", f"| architecture, widths per level | MACs | batch | {' | '.join(modes)} |", f"|---|---:|---:|{'---:|' * len(modes)}"]
     gaps: dict[str, list[str]] = {}
     models = [model for model, *_ in groups]
     for (model, batch, network), by_mode in sorted(groups.items(), key=lambda item: (models.index(item[0][0]), -item[0][1])):
@@ -59,8 +59,7 @@ def markdown(result: dict[str, Any], batches: Container[int] | None = None) -> s
 
 def content(result: dict[str, Any]) -> str:
     """What stands between README's markers."""
-    file = FULL.relative_to(ROOT).as_posix()
-    return f"{markdown(result, (256,))}\n\nBatches of 1 and 16: [{file}]({file})."
+    return markdown(result, brief=True)
 
 
 def full(result: dict[str, Any]) -> str:

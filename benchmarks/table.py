@@ -107,22 +107,21 @@ def chart(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-# README's cases: those that the targets speak of, whether they win or lose. The file `FULL` holds all.
+KERNELS = ("channel_sq_norm", "wanda_score", "compact", "conv_gram")
+# README's rows: a large case of every operation, and cases that lose. The file `FULL` holds all.
 _BRIEF = {
-    "channel_sq_norm": ("large 64x64", "ddpm level 0 skip"),
-    "wanda_score": ("sdxl 1280x2560x3x3",),
-    "compact": ("ddpm-cifar10-32, 65 convolutions, 30 % random", "sdxl 1280x2560x3x3, 30 % random"),
-    "conv_gram": ("ddpm level 0, 3x3", "ddpm level 0 skip, 3x3", "ddpm level 2, 3x3", "ddpm shortcut, 1x1", "sdxl level 0, 3x3"),
+    ("channel_sq_norm", "large 64x64", "nchw"): ("fp32", "bf16"),
+    ("channel_sq_norm", "ddpm time", "nc"): ("fp32",),
+    ("wanda_score", "sdxl 1280x2560x3x3", "contiguous"): ("fp32", "bf16"),
+    ("compact", "sdxl 1280x2560x3x3, 30 % random", "contiguous"): ("fp32", "bf16"),
+    ("conv_gram", "sdxl level 0, 3x3", "nchw"): ("fp32",),
+    ("conv_gram", "ddpm shortcut, 1x1", "nchw"): ("fp32",),
 }
 
 
 def _in_readme(row: Row) -> bool:
-    if row["case"] not in _BRIEF[row["op"]]:
-        return False
-    if row["op"] == "conv_gram":
-        return row["dtype"] == "fp32" and row["backend"] == "triton"
-    layouts = ("nchw", "channels_last") if row["case"].startswith("large") else ("nchw", "contiguous")
-    return row["dtype"] in ("fp32", "bf16") and row["layout"] in layouts
+    told = row["dtype"] in _BRIEF.get((row["op"], row["case"], row["layout"]), ())
+    return told and (row["op"] != "conv_gram" or row["backend"] == "triton")
 
 
 def _machine(env: Row) -> str:
@@ -130,58 +129,73 @@ def _machine(env: Row) -> str:
 
 
 def _kernels(results: Sequence[dict[str, Any]], brief: bool) -> list[str]:
+    ours = [row for result in results for row in result["rows"] if row["op"] in KERNELS and "ms" in row and row["backend"] not in BASELINES]
+    if brief:
+        ours = sorted(filter(_in_readme, ours), key=lambda row: KERNELS.index(row["op"]))
     lines = []
-    for row in (row for result in results for row in result["rows"] if row["op"] in _BRIEF and "ms" in row):
-        if row["backend"] in BASELINES or (brief and not _in_readme(row)):
-            continue
-        others = " | ".join(f"{v:.2f}×" if (v := row.get(f"speedup_vs_{b}")) else "-" for b in BASELINES[:3])
+    for row in ours:
+        others = [f"{v:.2f}×" if (v := row.get(f"speedup_vs_{b}")) else "-" for b in BASELINES[:3]]
         share = _number(row["copy_fraction"], ".2f") if row["op"] != "conv_gram" else "-"  # bound by arithmetic
-        backend = "" if brief else f" {row['backend']} |"
-        lines.append(f"| `{row['op']}` | {row['case']} | {row['dtype']}, {row['layout']} |{backend} {_time(row['ms'])} | {share} | {others} |")
+        how = [f"{row['dtype']}, {row['layout']}", row["backend"]]
+        if brief:
+            others, how = others[1:], [row["dtype"]]
+        lines.append("| " + " | ".join([f"`{row['op']}`", row["case"], *how, _time(row["ms"]), share, *others]) + " |")
     if not lines:
         return []
-    head = ["| operation | case | dtype, layout | ms | of copy | plain PyTorch | torch.compile | published |",
-            "|---|---|---|---:|---:|---:|---:|---:|"]  # fmt: skip
-    if not brief:
-        head = ["| operation | case | dtype, layout | backend | ms | of copy | plain PyTorch | torch.compile | published |",
-                "|---|---|---|---|---:|---:|---:|---:|---:|"]  # fmt: skip
-    return [*head, *lines]
-
-
-def _calibration(results: Sequence[dict[str, Any]], brief: bool) -> list[str]:
-    steps = [row for result in results for row in result["rows"] if row["op"] == "calibration_step" and "ms" in row]
     if brief:
-        steps = [row for row in steps if row["layout"] == "contiguous" and (row["backend"] == "published" or "graph" in row["case"])]
+        return ["| operation | case | dtype | ms | of copy | torch.compile | published |", "|---|---|---|---:|---:|---:|---:|", *lines]
+    return ["| operation | case | dtype, layout | backend | ms | of copy | plain PyTorch | torch.compile | published |",
+            "|---|---|---|---|---:|---:|---:|---:|---:|", *lines]  # fmt: skip
+
+
+def _calibration(results: Sequence[dict[str, Any]]) -> list[str]:
+    steps = [row for result in results for row in result["rows"] if row["op"] == "calibration_step" and "ms" in row]
     lines = [
         f"| {row['case']} | {row['dtype']}, {row['layout']} | {row['backend']} | {_time(row['ms'])} | {_number(row['overhead'], '+.1%')} |"
         for row in steps
-        if not brief or row["backend"] != "plain"
     ]
     return ["| calibration step | dtype, layout | hooks | ms | over a plain pass |", "|---|---|---|---:|---:|", *lines] if lines else []
 
 
-def _whole(results: Sequence[dict[str, Any]], brief: bool) -> list[str]:
+def _calibration_in_readme(results: Sequence[dict[str, Any]]) -> list[str]:
+    """What the hooks add to a pass: a line per number format, contiguous; ours from a CUDA graph and eager, the published ones eager."""
+    steps = [row for result in results for row in result["rows"] if row["op"] == "calibration_step" and row.get("overhead") is not None]
+    ways = {"CUDA graph": ("graph", "triton"), "eager": ("eager", "triton"), "eager, published": ("eager", "published")}
+    lines = []
+    for case, dtype in dict.fromkeys((row["case"].rsplit(" ", 1)[0], row["dtype"]) for row in steps):
+        found = {(row["mode"], row["backend"]): row["overhead"] for row in steps
+                 if row["case"].startswith(case) and row["dtype"] == dtype and row["layout"] == "contiguous"}  # fmt: skip
+        lines.append(f"| {case}, {dtype} | {' | '.join(_number(found.get(way), '+.1%') for way in ways.values())} |")
+    return [f"| what hooks add to a pass | {' | '.join(ways)} |", f"|---|{'---:|' * len(ways)}", *lines] if lines else []
+
+
+def _whole(results: Sequence[dict[str, Any]]) -> list[str]:
     stages = [row for result in results for row in result["rows"] if row["op"] == "whole_prune" and "ms" in row]
-    lines = [
-        f"| {row['case']} | {row['backend']} | {row['ms'] / 1e3:.3f} | {_number(row.get('share'), '.1%')} |"
-        for row in stages
-        if not brief or row["case"] == "whole"
-    ]
+    lines = [f"| {row['case']} | {row['backend']} | {row['ms'] / 1e3:.3f} | {_number(row.get('share'), '.1%')} |" for row in stages]
     return ["| prune of the bundled model, stage | by | seconds | share |", "|---|---|---:|---:|", *lines] if lines else []
 
 
 def markdown(results: Sequence[dict[str, Any]], brief: bool) -> str:
-    """Our rows with the speed-up over each baseline beside them, the calibration step and the whole prune; `brief`: README's cases."""
+    """Our rows with the speed-up over each baseline beside them, the calibration step and the whole prune; `brief`: README's rows, and no
+    whole prune.
+    """
     machines = list(dict.fromkeys(_machine(result["env"]) for result in results))
     commits = ", ".join(dict.fromkeys(result["env"]["commit"] for result in results))
     copies = [result["env"]["copy_gbps"] for result in results]
-    first = (
-        f"{'; '.join(machines)}; commit {commits}; medians, every result checked against float64 first. "
-        f"Copy bandwidth {min(copies):,.0f} to {max(copies):,.0f} GB/s. Columns with × are speed-ups of our row "
-        "over that baseline, in one run; rows that lose stay."
-    )
-    parts = [part for make in (_kernels, _calibration, _whole) if (part := make(results, brief))]
-    return "\n\n".join([first, *("\n".join(part) for part in parts)])
+    ratios = "Columns with × are speed-ups of our row over that baseline, in one run; rows that lose stay."
+    if brief:
+        first = (
+            f"{'; '.join(machines)}; medians, checked against float64 first. Of copy: share of the bandwidth of a large copy. {ratios} "
+            f"[All rows]({FULL.relative_to(ROOT).as_posix()}), [what limits them](benchmarks/results/notes.md)."
+        )
+        found = [_kernels(results, True), _calibration_in_readme(results)]
+    else:
+        first = (
+            f"{'; '.join(machines)}; commit {commits}; medians, every result checked against float64 first. "
+            f"Copy bandwidth {min(copies):,.0f} to {max(copies):,.0f} GB/s. {ratios}"
+        )
+        found = [_kernels(results, False), _calibration(results), _whole(results)]
+    return "\n\n".join([first, *("\n".join(part) for part in found if part)])
 
 
 def insert(readme: str, content: str, begin: str = BEGIN, end: str = END) -> str:
@@ -194,9 +208,7 @@ def insert(readme: str, content: str, begin: str = BEGIN, end: str = END) -> str
 
 def content() -> str:
     """What stands between README's markers."""
-    brief = markdown(_results(), brief=True)
-    file = FULL.relative_to(ROOT).as_posix()
-    return f"{brief}\n\nAll rows: [{file}]({file}); what limits them: [notes](benchmarks/results/notes.md)."
+    return markdown(_results(), brief=True)
 
 
 def full() -> str:

@@ -180,7 +180,38 @@ def test_readme_table_is_made_from_the_results() -> None:
     readme = (ROOT / "README.md").read_text()
     made = table.insert(readme, table.content())
     assert made == readme and table.FULL.read_text() == table.full(), "run: python -m benchmarks.table"
-    assert all(readme.count(f"| `{op}` | {case} |") for op, cases in table._BRIEF.items() for case in cases)
+    shown = made.split(table.BEGIN)[1].split(table.END)[0]
+    for (op, case, _), dtypes in table._BRIEF.items():
+        assert all(shown.count(f"| `{op}` | {case} | {dtype} |") == 1 for dtype in dtypes), (op, case)
+    assert {op for op, *_ in table._BRIEF} == set(table.KERNELS) and "CUDA graph" in shown and "eager, published" in shown
+    assert sum(line.startswith("| `") for line in shown.splitlines()) <= 10, "README stays short"
+
+
+def kernel(op: str, case: str, dtype: str, layout: str, backend: str, **more: Any) -> dict[str, Any]:
+    timed = {"ms": 0.5, "copy_fraction": 0.9, "speedup_vs_reference": 2.0, "speedup_vs_compile": 0.5, "speedup_vs_published": None}
+    return {"op": op, "case": case, "dtype": dtype, "layout": layout, "backend": backend, **timed, **more}
+
+
+def test_readme_shows_few_rows_and_the_file_all() -> None:
+    step = {"op": "calibration_step", "case": "net b8 graph", "dtype": "fp32", "layout": "contiguous", "ms": 5.0}
+    rows = [
+        kernel("compact", "sdxl 1280x2560x3x3, 30 % random", "fp32", "contiguous", "cuda"),
+        kernel("compact", "sdxl 1280x2560x3x3, 30 % random", "fp32", "contiguous", "published"),
+        kernel("compact", "sdxl 1280x2560x3x3, 30 % random", "fp32", "channels_last", "cuda"),
+        kernel("channel_sq_norm", "large 64x64", "bf16", "nchw", "triton"), kernel("channel_sq_norm", "small", "bf16", "nchw", "triton"),
+        {**step, "mode": "graph", "backend": "plain", "overhead": None}, {**step, "mode": "graph", "backend": "triton", "overhead": 0.045},
+        {**step, "case": "net b8 eager", "mode": "eager", "backend": "published", "overhead": 0.7},
+        {"op": "whole_prune", "case": "whole", "backend": "wanda_fast", "ms": 4500.0, "share": 1.0},
+    ]  # fmt: skip
+    env = {"gpu": "a GPU", "driver": "1", "torch": "2", "triton": "3", "commit": "abc", "copy_gbps": 4000.0}
+    lines = table.markdown([{"env": env, "rows": rows}], brief=True).splitlines()
+    assert [line for line in lines if line.startswith("| `")] == [
+        "| `channel_sq_norm` | large 64x64 | bf16 | 0.5000 | 0.90 | 0.50× | - |",
+        "| `compact` | sdxl 1280x2560x3x3, 30 % random | fp32 | 0.5000 | 0.90 | 0.50× | - |",
+    ]
+    assert lines[-1] == "| net b8, fp32 | +4.5% | - | +70.0% |"
+    whole = table.markdown([{"env": env, "rows": rows}], brief=False).splitlines()
+    assert sum(line.startswith("| `") for line in whole) == 4 and "| whole | wanda_fast | 4.500 | 100.0% |" in whole
 
 
 def test_insert_needs_its_markers() -> None:

@@ -242,8 +242,23 @@ def test_table_joins_seeds() -> None:
     lines = text.splitlines()
     assert next(i for i, x in enumerate(lines) if "| dense" in x) < next(i for i, x in enumerate(lines) if "| magnitude | " in x)
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
-    brief = quality_report.markdown(synthetic(), brief=True)
-    assert "| wanda-diff |" in brief and "magnitude" not in brief, "other budgets and rivals without repair are left out"
+
+
+def test_readme_shows_few_rows() -> None:
+    """The dense network, the default recipe, the best rival, chance, and the default recipe without repair; the file has the rest."""
+    results = synthetic()
+    first = results["rows"][1]
+    more = [
+        ("magnitude", 0.91, {}), ("taylor", 0.955, {}), ("random", 0.8, {}), ("wanda-diff", 0.5, {"repair": "none"}),
+        ("wanda-diff", 0.94, {"layout": "free"}), ("reinit", 0.99, {"split": "uniform"}), ("magnitude", 0.99, {"budget": "76%"}),
+    ]  # fmt: skip
+    results["rows"] += [{**first, "pruner": pruner, "ssim": ssim, **changes} for pruner, ssim, changes in more]
+    text = quality_report.brief([results])
+    names = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| tiny")]
+    assert names == [f"tiny, {name}" for name in
+        ("dense", "wanda-diff", "taylor (the best rival)", "wanda-diff, free", "random", "wanda-diff, repair none")]  # fmt: skip
+    assert "| network, criterion | MACs | parameters | seeds | FD | SSIM | noise MSE |" in text and "tiny: a GPU, torch 2.11; 5,000" in text
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
 
 
 def test_columns_without_values_are_left_out() -> None:
