@@ -227,6 +227,17 @@ def test_autocast_stays_near_float32(unet: nn.Module, scheduler: DDPMScheduler, 
         assert error < 0.02, name
 
 
+def test_a_callers_inference_mode_changes_nothing(unet: nn.Module, scheduler: DDPMScheduler, images: Tensor) -> None:
+    """Tensors of inference mode have no versions, by which the hooks know an input that two layers share."""
+    expected = calibrate(unet, scheduler, images, n=4, batch_size=2)
+    with torch.inference_mode():
+        stats = calibrate(unet, scheduler, images.clone(), n=4, batch_size=2)
+    assert all(torch.equal(table, expected.tables[name]) for name, table in stats.tables.items())
+    assert not any(p.is_inference() for p in unet.parameters())
+    q, k = "mid_block.attentions.0.to_q", "mid_block.attentions.0.to_k"
+    assert stats.tables[q] is stats.tables[k]
+
+
 @pytest.mark.parametrize("layer", ["mid_block.resnets.0.conv2", "conv_out"])
 def test_nan_stops_with_the_first_layer_it_enters(layer: str, scheduler: DDPMScheduler, images: Tensor) -> None:
     unet = random_unet(TINY)

@@ -138,6 +138,19 @@ def test_time_is_measured_on_each_network() -> None:
     assert min(times) > 0 and order == ["a", "b"] * 4
 
 
+def test_measuring_leaves_a_network_in_its_mode_and_draws_no_dropout() -> None:
+    unet, other = random_unet({**TINY, "dropout": 0.5}), random_unet(TINY, seed=1)
+    batch = torch.randn(2, 3, 8, 8), torch.tensor([3, 700]), None
+    expected = noise_mse(unet, other, [batch])
+    unet.train()
+    assert noise_mse(unet, other, [batch]) == expected
+    table = [evaluation.errors_over_time(unet, other, [(*batch, batch[0])]) for _ in range(2)]
+    assert table[0] == table[1]
+    forward_seconds(unet, 1, repeats=1, warmup=0)
+    paired_forward_seconds(unet, other, 1, repeats=1, warmup=0)
+    assert all(module.training for module in unet.modules()) and not other.training
+
+
 def test_the_median_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter([5.0, 1.0, 2.0, 9.0, 3.0, 4.0])
     monkeypatch.setattr(evaluation, "_seconds", lambda run, device: next(ticks))

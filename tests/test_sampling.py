@@ -164,3 +164,26 @@ def test_channels_last_is_put_back(unet: nn.Module) -> None:
         raise RuntimeError
     for name, parameter in unet.named_parameters():
         assert parameter is before[name][0] and parameter.is_contiguous() and torch.equal(parameter, before[name][1])
+
+
+def test_a_network_sampled_in_inference_mode_can_still_be_trained(scheduler: DDPMScheduler) -> None:
+    """Its weights are laid out anew on the way, and a tensor made in inference mode refuses gradients for good."""
+    unet = random_unet(TINY)
+    expected = sample(unet, scheduler, 2, steps=2)
+    with torch.inference_mode():
+        images = sample(unet, scheduler, 2, steps=2)
+    assert torch.equal(images, expected)
+    assert not any(p.is_inference() for p in unet.parameters())
+    unet.requires_grad_(True)
+    unet(torch.randn(1, 3, 8, 8), torch.tensor([3])).sample.sum().backward()
+    assert unet.conv_in.weight.grad is not None
+
+
+def test_dropout_draws_nothing_and_the_modules_keep_their_modes(scheduler: DDPMScheduler) -> None:
+    unet = random_unet({**TINY, "dropout": 0.5})
+    expected = sample(unet, scheduler, 2, steps=2)
+    unet.train()
+    unet.mid_block.eval()
+    modes = {name: module.training for name, module in unet.named_modules()}
+    assert torch.equal(sample(unet, scheduler, 2, steps=2), expected)
+    assert {name: module.training for name, module in unet.named_modules()} == modes

@@ -20,6 +20,7 @@ from .sampling import (
     channels_last,
     check_network,
     class_labels,
+    evaluating,
     generator,
     image_shape,
     make_stepper,
@@ -46,8 +47,8 @@ class NonFiniteActivations(UserError, RuntimeError):
 
 
 class Batch(NamedTuple):
-    """A batch of network inputs: x_t [N, C, H, W] float32, t [N] int64, labels [N] int64 or None, all on the device;
-    indices [N] int64 of the samples, on the CPU.
+    """Network inputs: x_t [N, C, H, W] float32, t [N] int64, labels [N] int64 or None, all on the device; indices [N] int64 of
+    the samples, on the CPU.
     """
 
     x: Tensor
@@ -57,6 +58,7 @@ class Batch(NamedTuple):
 
 
 @halves_batches("calibration", default=64)
+@torch.inference_mode(False)  # the hooks tell changed inputs by their versions, which tensors of inference mode do not have
 def calibrate(
     unet: nn.Module,
     scheduler: Any,
@@ -87,16 +89,14 @@ def calibrate(
             For a conditioned network `wanda_fast.inputs.Prompts`, or None for random ones.
         n: number of noised images.
         mode: "random": images noised to timesteps that cover the target evenly; "trajectory": states of the model's own
-        DDIM
-            trajectory started from noise, at the steps inside the target.
+            DDIM trajectory started from noise, at the steps inside the target.
         target_steps: see :func:`wanda_fast.stats.parse_target_steps`, or [low, high).
         dtype: bfloat16 or float16 runs the network under autocast. Sums are float32 always.
         backend: of ``ops.channel_sq_norm``.
         rows: "sample", "bin", or "auto": samples while all tables together take at most `table_bytes` (256 MiB).
         means: also collect Σ x per channel (costs a second pass over every activation).
-        part: only samples part[0] … part[1]-1 of the n. Parts merge to the whole run, bit for bit where they end at
-        multiples of the
-            batch size (the network itself rounds differently in batches of another size).
+        part: only samples part[0] … part[1]-1 of the n. Parts merge to the whole run; rows per sample bit for bit where they
+            end at multiples of the batch size (the network itself rounds differently in batches of another size).
         dataset: name recorded with the statistics.
         graph: on a CUDA GPU record the forward pass with its hooks into a CUDA graph, once it was run eagerly twice, and replay
             it for every later batch of the same size (for six batches and more). Where that is not possible a line in the log
@@ -148,42 +148,38 @@ def calibrate(
         part=(first, last),
         trajectory_steps=trajectory_steps,
     )
-    was_training = unet.training
-    unet.eval()
-    try:
-        with (
-            torch.no_grad(),
-            channels_last(unet),
-            Collector(layers, count, device, backend=backend, means=means) as collector,
-            tqdm(total=last - first, desc="calibration", unit="image", disable=not progress) as bar,
-        ):
+    with (
+        torch.no_grad(),
+        evaluating(unet),
+        channels_last(unet),
+        Collector(layers, count, device, backend=backend, means=means) as collector,
+        tqdm(total=last - first, desc="calibration", unit="image", disable=not progress) as bar,
+    ):
 
-            def step(x: Tensor, t: Tensor, labels: Any, row: Tensor) -> Tensor:
-                with collector.record(row):
-                    out = predict(unet, x, t, labels, dtype=dtype)
-                # The first batch is added like all others, so that its place in a run leaves no trace.
-                return step(x, t, labels, row) if collector.restart() else out
+        def step(x: Tensor, t: Tensor, labels: Any, row: Tensor) -> Tensor:
+            with collector.record(row):
+                out = predict(unet, x, t, labels, dtype=dtype)
+            # The first batch is added like all others, so that its place in a run leaves no trace.
+            return step(x, t, labels, row) if collector.restart() else out
 
-            steps = Steps(step, capture_for(device, (last - first) // max(batch_size, 1)) if graph else None, "calibration steps")
-            out: Tensor | None = None
-            while True:
-                try:
-                    batch = batches.send(out)
-                except StopIteration:
-                    break
-                if per_sample:
-                    row = upload(batch.indices - first, device)
-                else:
-                    row = (batch.t - target[0]) * BINS // (target[1] - target[0])
-                seen.append((row, batch.t))
-                out = steps(batch.x, batch.t, batch.labels, row)
-                bar.update(len(row))
-            tables = collector.tables()
-            if steps.replayed:
-                _log.info("%s", steps.describe())
-            steps.close()
-    finally:
-        unet.train(was_training)
+        steps = Steps(step, capture_for(device, (last - first) // max(batch_size, 1)) if graph else None, "calibration steps")
+        out: Tensor | None = None
+        while True:
+            try:
+                batch = batches.send(out)
+            except StopIteration:
+                break
+            if per_sample:
+                row = upload(batch.indices - first, device)
+            else:
+                row = (batch.t - target[0]) * BINS // (target[1] - target[0])
+            seen.append((row, batch.t))
+            out = steps(batch.x, batch.t, batch.labels, row)
+            bar.update(len(row))
+        tables = collector.tables()
+        if steps.replayed:
+            _log.info("%s", steps.describe())
+        steps.close()
     for row, t in seen:
         row, t = row.to("cpu"), t.to("cpu")
         timesteps[row] = t
@@ -228,9 +224,7 @@ def table_memory(unet: nn.Module, n: int) -> int:
 
 
 def collect_layers(unet: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
-    """Every Conv2d and Linear by its qualified name; of a network that is pruned inside its blocks those that a cut
-    touches.
-    """
+    """Every Conv2d and Linear by its qualified name; of a network that is pruned inside its blocks those that a cut touches."""
     from .inputs import is_conditioned
 
     if is_conditioned(unet):
@@ -508,10 +502,10 @@ def noised_batches(
 ) -> Generator[Batch, Tensor | None, None]:
     """Network inputs for n samples; repeating the call repeats the batches.
 
-    "random": x_t = √ᾱ_t x₀ + √(1-ᾱ_t) ε with x₀ = images[i % N]; ε depends on (seed, i), t on (seed, n, i). "
-    ""trajectory": sample i is a
-    state of a DDIM trajectory of `trajectory_steps` steps. Trajectories are run by this generator, with the network's
-    output sent back into it (``batches.send(eps)``) or, in a plain for loop, with a forward pass of its own.
+    "random": x_t = √ᾱ_t x₀ + √(1-ᾱ_t) ε with x₀ = images[i % N]; ε depends on (seed, i), t on (seed, n, i).
+    "trajectory": sample i is a state of a DDIM trajectory of `trajectory_steps` steps. Trajectories are run by this
+    generator, with the network's output sent back into it (``batches.send(eps)``) or, in a plain for loop, with a forward pass
+    of its own.
 
     Args:
         target: [low, high) of t, None for all timesteps.
@@ -576,8 +570,8 @@ def _trajectory(
     dtype: torch.dtype,
     steps: int,
 ) -> Generator[Batch, Tensor | None, None]:
-    """States of DDIM trajectories. Sample i lies on trajectory i % m, and each trajectory gives its samples at steps
-    spread over the target, shifted from one trajectory to the next.
+    """States of DDIM trajectories. Sample i lies on trajectory i % m, and each trajectory gives its samples at steps spread over
+    the target, shifted from one trajectory to the next.
     """
     stepper = make_stepper(scheduler, steps)
     inside = [k for k, t in enumerate(stepper.timesteps.tolist()) if low <= t < high]

@@ -24,6 +24,7 @@ from .errors import UserError
 from .sampling import (
     channels_last,
     class_labels,
+    evaluating,
     image_shape,
     make_stepper,
     noise,
@@ -120,7 +121,7 @@ def noise_mse(
     """
     error = energy = torch.zeros((), dtype=torch.float64)
     count = samples = 0
-    with torch.no_grad(), channels_last(unet_a), channels_last(unet_b):
+    with torch.no_grad(), evaluating(unet_a, unet_b), channels_last(unet_a), channels_last(unet_b):
         for batch in batches:
             x, t, labels = batch[0], batch[1], batch[-1]
             a = predict(unet_a, x, t, labels, dtype=dtype)
@@ -148,7 +149,7 @@ def forward_seconds(
 ) -> float:
     """Median seconds of a forward pass of `batch_size` images in channels-last memory, after `warmup` passes."""
     run, device = _runner(unet, batch_size, device, dtype)
-    with torch.no_grad(), channels_last(unet):
+    with torch.no_grad(), evaluating(unet), channels_last(unet):
         for _ in range(warmup):
             run()
         return statistics.median(_seconds(run, device) for _ in range(repeats))
@@ -170,7 +171,7 @@ def paired_forward_seconds(
     run_a, device_a = _runner(unet_a, batch_size, device, dtype)
     run_b, device_b = _runner(unet_b, batch_size, device, dtype)
     times: tuple[list[float], list[float]] = ([], [])
-    with torch.no_grad(), channels_last(unet_a), channels_last(unet_b):
+    with torch.no_grad(), evaluating(unet_a, unet_b), channels_last(unet_a), channels_last(unet_b):
         for _ in range(warmup):
             run_a()
             run_b()
@@ -184,7 +185,6 @@ def _runner(
     unet: nn.Module, batch_size: int, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> tuple[Any, torch.device]:
     place_, dtype_ = place(unet, device, dtype)
-    unet.eval()
     x = torch.randn(batch_size, *image_shape(unet), generator=torch.Generator().manual_seed(0)).to(place_)
     t = torch.full((batch_size,), 1, device=place_)  # the time does not depend on it
     labels = class_labels(unet, range(batch_size), 0, place_)
@@ -303,7 +303,8 @@ def errors_over_time(
         steps: T, the number of training steps.
     """
     sums = torch.zeros(bins, 5, dtype=torch.float64)  # samples, difference, energy, loss, loss of the reference
-    with torch.no_grad(), channels_last(unet), channels_last(unet if reference is None else reference):
+    networks = [unet] if reference is None else [unet, reference]
+    with torch.no_grad(), evaluating(*networks), channels_last(unet), channels_last(networks[-1]):
         for x, t, labels, target in batches:
             out = predict_evenly(unet, x, t, labels, dtype=dtype).double()
             other = out if reference is None else predict_evenly(reference, x, t, labels, dtype=dtype).double()

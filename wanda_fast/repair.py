@@ -815,9 +815,9 @@ class _Run:
             sums[0] += each[:, ~judge].sum(1)
             sums[1] += each[:, judge].sum(1)
             rows += (len(x) - len(held)) * data.positions
-            off = float((_apply_norm(x, module) - y).square().sum() / (y - y.mean()).square().sum().clamp_min(1e-30))
             if not asked:
                 asked = True
+                off = float((_apply_norm(x, module) - y).square().sum() / (y - y.mean()).square().sum().clamp_min(1e-30))
                 if self.ranks.all(off <= _EXACT[self.options.dtype]):
                     return self.exact(stage, int(rows), 1)
         if not asked and self.ranks.all(True):

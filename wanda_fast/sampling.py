@@ -148,7 +148,7 @@ def draw(
             chosen = indices[start : start + batch_size]
             images = None
             # Not around the yield: between two batches the network and the mode are the caller's.
-            with torch.no_grad(), channels_last(unet):
+            with torch.no_grad(), evaluating(unet), channels_last(unet):
                 try:
                     images = batch(chosen, bar)
                 except torch.OutOfMemoryError:
@@ -166,9 +166,7 @@ def draw(
 
 
 def make_stepper(scheduler: Any, steps: int, kind: str = "ddim") -> Any:
-    """A DDIM or DDPM scheduler with this scheduler's betas and clipping, "leading" spacing, timesteps set on the
-    CPU.
-    """
+    """A DDIM or DDPM scheduler with this scheduler's betas and clipping, "leading" spacing, timesteps on the CPU."""
     from diffusers import DDIMScheduler, DDPMScheduler
 
     total = int(scheduler.config.num_train_timesteps)
@@ -185,8 +183,7 @@ def check_network(unet: nn.Module, scheduler: Any) -> None:
 
     Raises:
         UserError: learned variances (out_channels ≠ in_channels), class embeddings given as vectors, or a table of
-        learned
-            time embeddings that is shorter than the noise schedule.
+            learned time embeddings that is shorter than the noise schedule.
     """
     from . import inputs
 
@@ -234,7 +231,8 @@ def place(
     parameter = next(unet.parameters())
     target = parameter.device if device is None else torch.device(device)
     if (target.type, target.index or 0) != (parameter.device.type, parameter.device.index or 0):
-        unet.to(target)
+        with torch.inference_mode(False):  # see `channels_last`
+            unet.to(target)
     return target, dtype or parameter.dtype
 
 
@@ -294,13 +292,31 @@ def channels_last(unet: nn.Module) -> Iterator[None]:
     cores on GPUs. Values and parameter objects stay; the memory format is put back.
     """
     changed = [p for p in unet.parameters() if p.dim() == 4 and p.is_contiguous()]
-    for p in changed:
-        p.data = p.data.contiguous(memory_format=torch.channels_last)
+
+    def lay_out(memory_format: torch.memory_format) -> None:
+        # A caller's inference mode must not reach the weights: they could never be trained again.
+        with torch.inference_mode(False), torch.no_grad():
+            for p in changed:
+                p.data = p.data.contiguous(memory_format=memory_format)
+
+    lay_out(torch.channels_last)
     try:
         yield
     finally:
-        for p in changed:
-            p.data = p.data.contiguous()
+        lay_out(torch.contiguous_format)
+
+
+@contextlib.contextmanager
+def evaluating(*networks: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the block, so that no dropout is drawn; each module's own mode is put back."""
+    training = [module for network in networks for module in network.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 # ----------------------------------------------------------------------------------------------------------- randomness
@@ -392,8 +408,7 @@ def save_grid(
 
     Args:
         scale: whole-number magnification without smoothing; None makes an image at least 64 pixels high, so that a
-        person
-            can see it.
+            person can see it.
     """
     from PIL import Image
 
