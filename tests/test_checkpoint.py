@@ -304,6 +304,32 @@ def test_overwriting_replaces_everything(exchange: bool, tmp_path: Path, monkeyp
     assert names(tmp_path) == ["out", "out/new"]
 
 
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_appears_meanwhile_is_left_alone(kind: str, tmp_path: Path) -> None:
+    """Another program takes the name while the folder is filled: it loses nothing, and neither does this one if it takes another name."""
+    out, taken = tmp_path / "out", []
+    (tmp_path / "out-2").mkdir()  # not free, though empty
+
+    def appear() -> None:
+        if kind == "file":
+            out.write_text("theirs")
+        else:
+            out.mkdir()
+            (out / "theirs").write_text("1")
+
+    with pytest.raises(UserError, match="appeared meanwhile"), atomic_folder(out) as folder:
+        (folder / "mine").write_text("2")
+        appear()
+    theirs = ["out", "out/theirs"] if kind == "folder" else ["out"]
+    assert names(tmp_path) == sorted([*theirs, "out-2"])
+    with atomic_folder(out, instead=taken.append) as folder:
+        (folder / "mine").write_text("2")
+    assert names(tmp_path) == sorted([*theirs, "out-2", "out-3", "out-3/mine"]) and taken == [tmp_path / "out-3"]
+    with atomic_folder(tmp_path / "other", instead=taken.append) as folder:
+        (folder / "mine").write_text("2")
+    assert len(taken) == 1 and (tmp_path / "other" / "mine").is_file()
+
+
 def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")

@@ -23,13 +23,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import itertools
 import json
 import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -684,8 +685,13 @@ def check_target(target: str | os.PathLike[str], overwrite: bool = False, *, nee
 
 
 @contextlib.contextmanager
-def atomic_folder(target: str | os.PathLike[str], overwrite: bool = False, *, need_bytes: int = 0) -> Iterator[Path]:
+def atomic_folder(
+    target: str | os.PathLike[str], overwrite: bool = False, *, need_bytes: int = 0, instead: Callable[[Path], None] | None = None
+) -> Iterator[Path]:
     """Give an empty folder beside `target` to fill; when the block ends it becomes `target` in one step.
+
+    With `instead`, work that took long is not lost where something else has taken the target meanwhile: the folder gets the first free
+    name of `target`-2, -3, …, and `instead` is called with it. Without, that is an error. Neither touches what is there.
 
     A kill at any moment leaves the old state or the complete new folder. An exception (Ctrl-C included) removes the
     unfinished folder; a kill leaves it under a dot-name, and the next run for the same target removes it (a lock shows
@@ -696,7 +702,10 @@ def atomic_folder(target: str | os.PathLike[str], overwrite: bool = False, *, ne
     Raises:
         UserError: as :func:`check_target`, or the disk filled up while writing.
     """
-    path = check_target(target, overwrite, need_bytes=need_bytes)
+    if instead is None:
+        path = check_target(target, overwrite, need_bytes=need_bytes)
+    else:
+        path = Path(os.path.realpath(Path(target).expanduser()))
     made = _make_parents(path.parent)
     try:
         _recover(path)
@@ -704,7 +713,16 @@ def atomic_folder(target: str | os.PathLike[str], overwrite: bool = False, *, ne
             try:
                 yield temp
                 _sync(temp)
-                _commit(temp, path)
+                if overwrite:
+                    _commit(temp, path)
+                elif not _claim(temp, path):
+                    if instead is None:
+                        raise UserError(f"{target}: appeared meanwhile and is not empty; choose another folder or allow overwriting "
+                                        "(--overwrite).")  # fmt: skip
+                    names = (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
+                    other = next(name for name in names if not os.path.lexists(name) and _claim(temp, name))
+                    given = Path(target).expanduser()
+                    instead(given.with_name(other.name) if os.path.realpath(given.parent) == str(path.parent) else other)
             finally:
                 # After an exchange the temp name holds the old folder, so one removal serves success and failure.
                 shutil.rmtree(temp, ignore_errors=True)
@@ -850,6 +868,22 @@ def _commit(temp: Path, path: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
     else:
         os.rename(temp, path)  # replaces an empty folder too
+    _sync_name(path)
+
+
+def _claim(temp: Path, path: Path) -> bool:
+    """Give `temp` a name that is free or that of an empty folder; False where something is there."""
+    try:
+        os.rename(temp, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR) and not os.path.lexists(path):
+            raise
+        return False
+    _sync_name(path)
+    return True
+
+
+def _sync_name(path: Path) -> None:
     with contextlib.suppress(OSError):
         fd = os.open(path.parent, os.O_RDONLY)
         try:

@@ -81,7 +81,7 @@ def export(
         log: called with one line at a time.
 
     Returns:
-        What `export.json` holds: sizes, differences from eager with the tolerance, seconds of a pass.
+        What `export.json` holds: sizes, differences from eager with the tolerance, seconds of a pass; and the `path` of the folder.
 
     Raises:
         UserError: a mistake in the arguments, a package that is missing, a target that cannot be written.
@@ -110,7 +110,14 @@ def export(
         "forms": {}, "timed_batch": batch_size, "device": _device(place),
         "versions": {"torch": torch.__version__},
     }  # fmt: skip
-    with checkpoint.atomic_folder(save_path, overwrite) as folder:
+    path = Path(save_path)
+
+    def instead(other: Path) -> None:
+        nonlocal path
+        path = other
+        say(f"{save_path} was taken by something else meanwhile; the result is in {path}")
+
+    with checkpoint.atomic_folder(save_path, overwrite, instead=instead) as folder:
         with _any_batch(unet):
             report["largest_batch"] = _largest_batch(net, unet, place)
             program = _program(net, unet, place, report["largest_batch"])
@@ -134,7 +141,7 @@ def export(
         options = {"model": None if model is None else str(model), "formats": list(forms), "device": device, "dtype": dtype,
                    "batch_size": batch_size, "repeats": repeats}  # fmt: skip
         run_config.write(folder, "export", options)
-    return report
+    return {**report, "path": str(path)}
 
 
 def _check(forms: Sequence[str], dtype: str | None, batch_size: int, repeats: int) -> None:

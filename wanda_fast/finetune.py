@@ -774,7 +774,13 @@ class _Training:
         net = self._average()
         report = self.report()
         nn.Module.to(nn.Module.to(net, self.saved_dtype), memory_format=torch.contiguous_format)
-        with checkpoint.atomic_folder(save_path, overwrite) as folder:
+        result = FinetuneResult(DDPMPipeline(unet=net, scheduler=copy.deepcopy(self.scheduler)), report, Path(save_path))
+
+        def instead(path: Path) -> None:
+            result.path = path
+            self.log(f"{save_path} was taken by something else meanwhile; the result is in {path}")
+
+        with checkpoint.atomic_folder(save_path, overwrite, instead=instead) as folder:
             checkpoint.save_folder(folder, net, self.scheduler)
             (folder / "finetune.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
             run_config.write(folder, "finetune", {"model": self.asked_model, **asdict(self.options)})
@@ -787,7 +793,7 @@ class _Training:
             record = self.source / "pruning.json"
             if not self.options.from_scratch and record.is_file():  # how the network got its shape
                 shutil.copyfile(record, folder / "pruning.json")
-        return FinetuneResult(DDPMPipeline(unet=net, scheduler=copy.deepcopy(self.scheduler)), report, Path(save_path))
+        return result
 
 
 def _fresh(model: str | Path | None, seed: int) -> tuple[Any, Any, str, Path]:

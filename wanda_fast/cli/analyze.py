@@ -83,7 +83,12 @@ def run(args: argparse.Namespace, out: Terminal) -> int:
         batch_size=args.batch_size, seed=args.seed, device=device, dtype=dtype, dataset=name, name=loaded.name,
         progress=out.progress,
     )  # fmt: skip
-    with checkpoint.atomic_folder(target, args.overwrite) as folder:
+    def instead(path: Path) -> None:
+        nonlocal target
+        out.note(f"{target} was taken by something else meanwhile; the result is in {path}")
+        target = path
+
+    with checkpoint.atomic_folder(target, args.overwrite, instead=instead) as folder:
         (folder / "analysis.json").write_text(json.dumps(finite(report), indent=1) + "\n", encoding="utf-8")
         for file, text in study.tables(report):
             (folder / file).write_text(text, encoding="utf-8")

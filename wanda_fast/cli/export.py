@@ -51,7 +51,7 @@ def run(args: argparse.Namespace, out: Terminal) -> int:
         args.model, save_path=target, forms=args.formats, overwrite=args.overwrite, device=args.device, dtype=args.dtype,
         batch_size=args.batch_size, repeats=args.repeats, log=out.note,
     )  # fmt: skip
-    out.json({**report, "path": str(target)})
+    out.json(report)
     rows = []
     for entry in report["forms"].values():
         worst = max(entry["differences"].values())
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace, out: Terminal) -> int:
     out.result("\n".join([
         "", table(head, rows), f"difference: largest, as a share of the largest output ({report['tolerance']:g} is let through), "
         f"for 1, 2 and 5 images; batches of 1 to {report['largest_batch']}", f"times on {report['device']}",
-        f"written to {target}",
+        f"written to {report['path']}",
     ]))  # fmt: skip
     return 0
 
