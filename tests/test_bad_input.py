@@ -296,6 +296,23 @@ def test_overwrite_replaces_it(tmp_path, small, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["old"]
 
 
+def test_target_that_appears_during_the_run(small, tmp_path, monkeypatch, capsys):
+    """It is left alone, and the work is not lost either."""
+    measure = pruning._Run.measure
+
+    def appear(run, *images):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.txt").write_text("mine")
+        measure(run, *images)
+
+    monkeypatch.setattr(pruning._Run, "measure", appear)
+    assert cli("--model", small, "--out", tmp_path / "out", *flags(FAST), "--json") == 0
+    captured = capsys.readouterr()
+    assert f"the result is in {tmp_path / 'out-2'}" in captured.err
+    assert json.loads(captured.out)["path"] == str(tmp_path / "out-2")
+    assert tree(tmp_path / "out") == ["thesis.txt"] and complete(tmp_path / "out-2")
+
+
 def test_overwrite_spares_the_current_folder(no_model, tmp_path, monkeypatch, capsys):
     (tmp_path / "keep.txt").write_text("mine")
     monkeypatch.chdir(tmp_path)

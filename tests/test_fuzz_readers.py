@@ -33,6 +33,8 @@ from wanda_fast.features import FeatureStats
 from wanda_fast.inputs import Prompts
 from wanda_fast.plan import PruningPlan
 from wanda_fast.pruning import prune
+from wanda_fast.repair import LayerRepair, RepairReport
+from wanda_fast.resume import RepairState, Unfinished
 from wanda_fast.slots import find_slots
 from wanda_fast.stats import ActivationStats
 
@@ -50,7 +52,7 @@ MEMORY = 600 << 20  # growth of the process over all files of a kind
 # Files of each kind: all are read, however the tests are spread over processes.
 CASES = {
     "statistics": 420, "plans": 400, "model json": 270, "free config": 90, "weights": 190, "shards": 80, "features": 250,
-    "prompts": 150, "images": 96, "cifar10": 80,
+    "prompts": 150, "images": 96, "cifar10": 80, "unfinished": 480,
 }  # fmt: skip
 
 # What is put in the place of a JSON value: wrong types, huge and odd numbers, paths.
@@ -306,6 +308,45 @@ def test_npz_that_declares_much(place):
 def test_prompts(place, rng):
     file = place / "prompts.safetensors"
     attack(file, safetensors_cases(file, CASES["prompts"], rng), lambda: Prompts.load(file), CASES["prompts"])
+
+
+def test_unfinished_run(place, rng):
+    """What `--resume` finds. A bit that flipped in the numbers is found too: it would go into the result."""
+    target, key = place / "resumed", {"ratio": 0.5, "seed": 0, "model": {"class": "UNet2DModel", "tensors": 70}, "plan": None}
+    unfinished = Unfinished(target, key)
+    stats = ActivationStats.load(place / "stats.safetensors")
+    unfinished.save_shard(0, 6, stats)
+    plan = PruningPlan.load(place / "stock" / "pruning.json")
+    unfinished.save_plan(plan, {"trials_report": [{"ssim": 0.9, "taken": True}], "split_report": {"level 0": [0.0, 0.1]}})
+    unet = random_unet(TINY)
+    modules = dict(unet.named_modules())
+    layers = [LayerRepair("conv_in", "refitted", 0.5, 0.1, 0.5, 0.1, 100, 27, 1e-4), LayerRepair("conv_out", "kept")]
+    RepairState(unfinished.repair).save(1, modules, RepairReport("lstsq", layers))
+    weight = unet.conv_in.weight.clone()
+
+    def settings() -> None:
+        assert Unfinished(target, key).found
+
+    def plans() -> None:
+        found, findings = unfinished.load_plan()
+        assert found.to_dict() == plan.to_dict() and findings["trials_report"][0]["ssim"] == 0.9
+
+    def shards() -> None:
+        (found,) = (unfinished.load_shard(*cut) for cut in Unfinished.shards(0, 6, 6))
+        assert found is not None and all(torch.equal(found.tables[n], t) for n, t in stats.tables.items())
+
+    def repairs() -> None:
+        report = RepairReport("lstsq")
+        assert RepairState(unfinished.repair).restore(modules, report) == 1
+        assert report.layers == layers and torch.equal(unet.conv_in.weight, weight)
+
+    (shard,) = unfinished.folder.glob("calibration-*")
+    count = CASES["unfinished"] // 4
+    attack(unfinished.folder / "settings.json", json_cases(unfinished.folder / "settings.json", count, rng), settings, count)
+    attack(unfinished.plan, json_cases(unfinished.plan, count, rng), plans, count)
+    attack(shard, safetensors_cases(shard, count, rng), shards, count)
+    attack(unfinished.repair, safetensors_cases(unfinished.repair, count, rng), repairs, count)
+    unfinished.remove()
 
 
 def test_images(place, rng):

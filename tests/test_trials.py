@@ -13,7 +13,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from networks import PLAIN, random_unet
 from runs import one_thread as one_thread
 
-from wanda_fast import PruningPlan, UserError, prune
+from wanda_fast import PruningPlan, UserError, prune, pruning
 from wanda_fast.checkpoint import load_pruned
 from wanda_fast.compact import cost_model
 from wanda_fast.plan import free_problem, stock_problem
@@ -131,6 +131,23 @@ def test_prune_takes_the_best_trial(layout: str, tmp_path: Path) -> None:
     for name, tensor in result.network.state_dict().items():
         torch.testing.assert_close(again.network.state_dict()[name], tensor, rtol=0, atol=0)
     assert load_pruned(tmp_path / "out").unet.conv_in.weight.shape == result.network.conv_in.weight.shape
+
+
+def test_a_resumed_run_still_lists_its_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**OPTIONS, "num_samples": 0, "repair": "none", "trials": 2}
+
+    def stop(run: pruning._Run) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pruning._Run, "compact", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prune(_pipeline(), save_path=tmp_path / "out", resume=True, **options)
+    monkeypatch.setattr(pruning._Run, "_choose_plan", lambda run: pytest.fail("it is planned again"))
+    result = prune(_pipeline(), save_path=tmp_path / "out", resume=True, **options)
+    (taken,) = (t for t in result.report["trials"] if t["taken"])
+    assert taken["macs"] == result.report["pruned"]["macs"]
+    assert set(result.report["sensitivity"]) and not (tmp_path / "out.unfinished").exists()
 
 
 def test_one_trial_is_the_plan_without_trials() -> None:

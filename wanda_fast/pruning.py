@@ -60,6 +60,7 @@ TRIAL_IMAGES = (32, 128)  # images that judge a trial, on a CPU and on a GPU
 TRIAL_REPAIR = (64, 512)  # noised images of its repair: four times as many change no order (benchmarks/results/recipe-h200.md)
 SENSITIVITY_LIMIT = 6 << 30  # bytes of second moments, of conditioned networks
 _DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", **{n: n for n in DTYPES}}
+FINDINGS = ("split_report", "trials_report", "latency_report")  # of a run: how its plan was found
 RESULT_FORMAT = "wanda_fast.pruning/1"
 
 
@@ -336,7 +337,8 @@ def prune(
 
     Args:
         model: a folder, a hub id, a DDPMPipeline (left as it is), or None for the bundled model.
-        save_path: folder to write; None to keep the result in memory.
+        save_path: folder to write; None to keep the result in memory. Where something else takes the name while this runs, the
+            result gets the first free one of save_path-2, -3, … (`PruneResult.path`).
         overwrite: replace a folder that exists and is not empty.
         dry_run: stop after the plan; nothing is compacted or written.
         analyse: also draw `wanda_analysis.png` and put the activation study into the report.
@@ -683,13 +685,16 @@ class _Run:
         known = self.ranks.share(kept is not None and kept.is_file())
         head: dict[str, Any] | None = None
         if self.ranks.main:
-            if known and kept is not None:
-                head = {"plan": PruningPlan.load(kept).to_dict()}
+            if known and self.unfinished is not None:
+                plan, findings = self.unfinished.load_plan()
+                for name in FINDINGS:
+                    setattr(self, name, findings.get(name, getattr(self, name)))
+                head = {"plan": plan.to_dict()}
             else:
                 self._choose_plan()
                 head = {"plan": self.plan.to_dict()}
-                if kept is not None:
-                    self.plan.save(kept)
+                if self.unfinished is not None:
+                    self.unfinished.save_plan(self.plan, {name: getattr(self, name) for name in FINDINGS})
         if self.ranks.size > 1:
             head = self.ranks.share(head)
         if known or not self.ranks.main:
@@ -697,6 +702,7 @@ class _Run:
             self.plan = PruningPlan.from_dict(head["plan"])
             twin = compaction.prepared_copy(self.unet, self.plan.identity_shortcuts)
             self.slots = find_slots(twin)
+            compaction.check_plan(self.plan, self.unet, self.slots)
             self.costs = compaction.cost_model(twin, self.slots)
 
     def _sizes(self, plan: PruningPlan, costs: CostModel) -> tuple[int, int]:
@@ -1068,7 +1074,13 @@ class _Run:
         result = PruneResult(pipeline, self.plan, self.stats, {}, None, self.repair_report, pruned)
         study = analysis.analyse(self.stats) if analyse else None
         if save_path is not None:
-            with self.stages("save"), checkpoint.atomic_folder(save_path, overwrite) as folder:
+            result.path = Path(save_path)
+
+            def instead(path: Path) -> None:
+                result.path = path
+                self.log(f"{save_path} was taken by something else meanwhile; the result is in {path}")
+
+            with self.stages("save"), checkpoint.atomic_folder(save_path, overwrite, instead=instead) as folder:
                 checkpoint.save_folder(folder, pruned, self.scheduler, pipeline=self.pipeline_folder)
                 self.quality["file_bytes"] = {
                     "dense": self.dense_params * self.saved_dtype.itemsize,
@@ -1090,7 +1102,6 @@ class _Run:
                 (folder / "pruning.json").write_text(json.dumps(result.report, indent=1) + "\n", encoding="utf-8")
                 model_card.write(folder, result.report)
                 run_config.write(folder, "prune", *self._config(analyse))
-            result.path = Path(save_path)
             if self.unfinished is not None:
                 self.unfinished.remove()
         result.report = self.report()

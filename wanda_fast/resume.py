@@ -1,8 +1,8 @@
 """What is left of a run that was killed, so that the same command goes on from there.
 
 `Unfinished` is a folder beside the target: the settings of the run, the shards of the calibration, the plan and the state of the
-repair, each written in one step. It is removed when the result is in place. `RepairState` is the one file of it that the
-repair itself reads and writes. Safetensors and JSON only.
+repair, each written in one step and with a checksum: a damaged one is refused, since what it holds would go into the result. The folder is
+removed when the result is in place. `RepairState` is the one file of it that the repair itself reads and writes. Safetensors and JSON only.
 """
 
 from __future__ import annotations
@@ -11,17 +11,21 @@ import json
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from .errors import UserError
 
 if TYPE_CHECKING:
+    from .plan import PruningPlan
     from .repair import RepairReport
+    from .stats import ActivationStats
 
 FORMAT = "wanda_fast.unfinished/1"
 SHARDS = 16  # of a calibration
@@ -48,20 +52,22 @@ class Unfinished:
         self._write = write
         file = self.folder / "settings.json"
         self.found = file.is_file()
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self.folder} exists and is not an unfinished run")
         if self.found:
             try:
                 before = json.loads(file.read_text(encoding="utf-8"))
                 if before["format"] != FORMAT:
                     raise KeyError("format")
                 before = dict(before["key"])
-            except (OSError, ValueError, KeyError, TypeError):
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
                 raise UserError(f"{file}: not the settings of an unfinished run; remove the folder to begin anew") from None
             now = json.loads(json.dumps(key))
             for name in sorted({*before, *now}):
                 if before.get(name) != now.get(name):
                     raise UserError(
-                        f"{self.folder} holds a run with {name} = {before.get(name)}, not {now.get(name)}: repeat its command, "
-                        "or remove the folder to begin anew"
+                        f"{self.folder} holds a run with {name[:40]} = {str(before.get(name))[:80]}, not {str(now.get(name))[:80]}: "
+                        "repeat its command, or remove the folder to begin anew"
                     )
         elif self.folder.exists() and any(p.name[:1] != "." for p in self.folder.iterdir()):
             raise UserError(f"{self.folder} exists and is not an unfinished run")
@@ -74,13 +80,59 @@ class Unfinished:
     def plan(self) -> Path:
         return self.folder / "plan.json"
 
+    def save_plan(self, plan: PruningPlan, findings: Mapping[str, Any]) -> None:
+        """Keep the plan, and what the report says of how it was found, in one file."""
+        from .checkpoint import atomic_file
+
+        kept = {"plan": plan.to_dict(), "findings": dict(findings)}
+        with atomic_file(self.plan) as temp:
+            temp.write_text(json.dumps({**kept, "checksum": _checksum(kept)}, indent=1) + "\n", encoding="utf-8")
+
+    def load_plan(self) -> tuple[PruningPlan, dict[str, Any]]:
+        """What `save_plan` kept.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        from .plan import PruningPlan
+
+        try:
+            kept = json.loads(self.plan.read_text(encoding="utf-8"))
+            if kept.pop("checksum") != _checksum(kept):
+                raise ValueError("its checksum differs")
+            return PruningPlan.from_dict(kept["plan"], str(self.plan)), dict(kept["findings"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{self.plan}: not the plan of an unfinished run ({_reason(error)}); remove it to plan anew") from None
+
     @property
     def repair(self) -> Path:
         return self.folder / "repair.safetensors"
 
-    def shard(self, first: int, last: int) -> Path:
-        """File of the statistics of samples first … last - 1."""
-        return self.folder / f"calibration-{first:09d}-{last:09d}.safetensors"
+    def save_shard(self, first: int, last: int, stats: ActivationStats) -> None:
+        """Keep the statistics of samples first … last - 1; the file's name ends with its checksum."""
+        temp = self.folder / f".{self._shard(first, last)}"
+        stats.save(temp)
+        os.replace(temp, self.folder / f"{self._shard(first, last)}-{zlib.crc32(temp.read_bytes()):08x}.safetensors")
+
+    def load_shard(self, first: int, last: int) -> ActivationStats | None:
+        """What `save_shard` kept, or None.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        from .stats import ActivationStats
+
+        file = next(iter(sorted(self.folder.glob(f"{self._shard(first, last)}-*.safetensors"))), None)
+        if file is None:
+            return None
+        if f"{zlib.crc32(file.read_bytes()):08x}" != file.stem.rpartition("-")[2]:
+            raise UserError(f"{file}: damaged activation statistics (its checksum differs). Remove the file: its samples are then "
+                            "calibrated again.")  # fmt: skip
+        return ActivationStats.load(file)
+
+    @staticmethod
+    def _shard(first: int, last: int) -> str:
+        return f"calibration-{first:09d}-{last:09d}"
 
     @staticmethod
     def shards(first: int, last: int, unit: int) -> list[tuple[int, int]]:
@@ -91,6 +143,15 @@ class Unfinished:
     def remove(self) -> None:
         if self._write:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _checksum(value: Any) -> int:
+    """Of JSON values: what is read back has that of what was written."""
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
+def _reason(error: Exception) -> str:
+    return (str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error))[:200] or type(error).__name__
 
 
 class RepairState:
@@ -117,15 +178,19 @@ class RepairState:
             return 0
         try:
             with safe_open(self.file, framework="pt") as file:
-                head = json.loads((file.metadata() or {})["state"])
+                metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if metadata["checksum"] != self._checksum(metadata["state"], tensors):
+                raise ValueError("its checksum differs")
+            head = json.loads(metadata["state"])
             layers = [LayerRepair(**entry) for entry in head["layers"]]
             targets = [(getattr(modules[n.rpartition(".")[0]], n.rpartition(".")[2]), value) for n, value in tensors.items()]
             if any(to.shape != value.shape for to, value in targets):
                 raise ValueError("a tensor of another shape")
             done = int(head["done"])
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{self.file}: not the state of this repair ({error}); remove it to begin anew") from None
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError,
+                RuntimeError) as error:  # fmt: skip
+            raise UserError(f"{self.file}: not the state of this repair ({_reason(error)}); remove it to begin anew") from None
         for to, value in targets:
             to.data.copy_(value)
         report.layers[:] = layers
@@ -148,6 +213,15 @@ class RepairState:
                     tensors[f"{name}.{part}"] = value.detach().to("cpu").contiguous()
         state = json.dumps({"done": done, "layers": [asdict(entry) for entry in report.layers]})
         with atomic_file(self.file) as temp:
-            save_file(tensors, temp, metadata={"state": state})
+            save_file(tensors, temp, metadata={"state": state, "checksum": self._checksum(state, tensors)})
         self._saved = time.perf_counter()
         self._cost = self._saved - begun
+
+    @staticmethod
+    def _checksum(state: str, tensors: Mapping[str, Tensor]) -> str:
+        found = zlib.crc32(state.encode())
+        for name in sorted(tensors):
+            value = tensors[name].contiguous()
+            found = zlib.crc32(f"{name} {value.dtype} {list(value.shape)}".encode(), found)
+            found = zlib.crc32(value.reshape(-1).view(torch.uint8).numpy().data, found)
+        return f"{found:08x}"

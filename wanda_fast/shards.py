@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .distributed import Ranks, merge_stats
-from .errors import UserError
 from .resume import Unfinished
 from .stats import ActivationStats
 
@@ -39,16 +38,13 @@ def calibrate_in_shards(
         if unfinished is None:
             parts.append(calibrate((a, b)))
             continue
-        file = unfinished.shard(a, b)
-        if file.is_file():
-            try:
-                parts.append(ActivationStats.load(file))
-            except UserError as error:
-                raise UserError(f"{error} Remove the file: its samples are then calibrated again.") from None
+        kept = unfinished.load_shard(a, b)
+        if kept is not None:
+            parts.append(kept)
             found += b - a
         else:
             parts.append(calibrate((a, b)))
-            parts[-1].save(file)
+            unfinished.save_shard(a, b, parts[-1])
     if found:
         log(f"calibration: {found} of {last - first} images were done already")
     mine = parts[0].merge(*parts[1:]) if parts else None
