@@ -114,6 +114,19 @@ def run(
     return {"env": env, "rows": rows}
 
 
+def read_results(file: Path) -> dict[str, Any]:
+    """What `--out` wrote.
+
+    Raises:
+        OSError, ValueError: no such file, or of another form.
+    """
+    found = json.loads(file.read_text())
+    form = isinstance(found, dict) and isinstance(found.get("env"), dict) and isinstance(found.get("rows"), list)
+    if not form or not all(isinstance(row, dict) and row.keys() >= {"op", "case", "dtype", "layout", "backend"} for row in found["rows"]):
+        raise ValueError("not a file that --out wrote")
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if "--quality" in words:
@@ -125,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     earlier = None
     if args.compare is not None:
         try:
-            earlier = json.loads(args.compare.read_text())
+            earlier = read_results(args.compare)
         except (OSError, ValueError) as error:
             p.exit(2, f"bench.py: cannot read {args.compare}: {error}\n")
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -139,9 +152,12 @@ def main(argv: list[str] | None = None) -> int:
         if not torch.cuda.is_available():
             p.exit(2, "bench.py: --device cuda: no CUDA GPU is visible\n")
         device = torch.device("cuda", device.index or 0)
+        if device.index >= torch.cuda.device_count():
+            p.exit(2, f"bench.py: --device {name}: there are {torch.cuda.device_count()} GPUs, counted from 0\n")
         torch.cuda.set_device(device)
-    if args.out is not None and not args.out.resolve().parent.is_dir():
-        p.exit(2, f"bench.py: --out {args.out}: its folder does not exist\n")
+    for option, file in (("--out", args.out), ("--chart", args.chart)):
+        if file is not None and not file.resolve().parent.is_dir():
+            p.exit(2, f"bench.py: {option} {file}: its folder does not exist\n")
     if args.clock == "process" and (device.type != "cpu" or torch.get_num_threads() != 1):
         p.exit(2, "bench.py: --clock process: only on the CPU with one thread (OMP_NUM_THREADS=1)\n")
     use_clock(args.clock)

@@ -60,10 +60,23 @@ def test_a_wrong_result_gets_no_time(wrong: Any) -> None:
     assert "wrong result" in table.text(list(rows.values()))
 
 
+def test_where_plain_pytorch_overflows_nothing_is_timed() -> None:
+    """Twice an infinite error would accept anything."""
+    overflown = lambda x: (x * 60000).half() * 2  # noqa: E731
+    rows = run_tiny(tiny_case(truth=lambda x: x.double() * 120000, candidates={"reference": overflown, "ours": overflown}))
+    assert all("wrong result" in row["error"] and "ms" not in row for row in rows.values())
+
+
+def test_memory_of_a_cpu_run_is_not_measured() -> None:
+    assert all(row["peak_mib"] is None for row in run_tiny(tiny_case()).values())
+
+
 def test_exact_cases_accept_no_rounding() -> None:
     case = tiny_case(
         exact=True, truth=lambda x: x * 2, candidates={"reference": lambda x: x * 2, "ours": lambda x: x * 2 + 1e-6}
     )
+    assert "error" in run_tiny(case)["ours"]
+    case.candidates["ours"] = lambda x: (x * 2, x * 2)
     assert "error" in run_tiny(case)["ours"]
 
 
@@ -129,6 +142,9 @@ def test_program_writes_compares_and_draws(tmp_path: Path) -> None:
         (["--device", "meta"], "only cpu and cuda"),
         (["--out", "no/such/folder/x.json"], "folder does not exist"),
         (["--compare", "no_such_file.json"], "cannot read"),
+        (["--compare", "pyproject.toml"], "cannot read"),
+        (["--compare", "benchmarks/results/quality.json"], "not a file that --out wrote"),
+        (["--chart", "no/such/folder/x.png"], "folder does not exist"),
         (["--op", "nothing"], "invalid choice"),
         (["--quick", "--full"], "not allowed"),
         (["--clock", "process", "--device", "meta"], "only cpu and cuda"),
@@ -141,6 +157,14 @@ def test_mistakes_end_in_one_line_and_code_2(
         main.main(arguments)
     assert stop.value.code == 2
     assert text in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(SystemExit) as stop:
+        main.main(["--device", "cuda:2"])
+    assert stop.value.code == 2 and "there are 2 GPUs" in capsys.readouterr().err
 
 
 def test_committed_results_are_whole() -> None:
