@@ -331,9 +331,7 @@ def _workspace(launch: _Launch, device: torch.device, stream: int) -> tuple[Tens
         partial = torch.empty(launch.partials, dtype=torch.float32, device=device)
         reserved = _capture_tickets.get(device.index)
         tickets = reserved.take(launch.tickets) if reserved is not None else None
-        if (
-            tickets is None
-        ):  # nothing reserved before the capture began, or all of it used: one more memset in the graph
+        if tickets is None:  # nothing reserved before the capture began, or all of it used: one more memset in the graph
             tickets = torch.zeros(launch.tickets, dtype=torch.int32, device=device)
         return partial, tickets
     index = device.index if device.index is not None else -1
@@ -388,9 +386,13 @@ def channel_sq_norm(
     Raises:
         ValueError: shapes, dtypes or devices disagree; the text names the argument.
     """
+    if not rows.is_contiguous():
+        rows = rows.contiguous()
+    # All that the checks look at, and the alignment that the kernel is built for.
     key = (
-        x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() & 15, rows.shape, rows.data_ptr() & 15, out.shape, out.stride(),
-        out.data_ptr() & 15, None if sums is None else (sums.shape, sums.stride(), sums.data_ptr() & 15), config,
+        x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() & 15, rows.shape, rows.dtype, rows.get_device(), rows.data_ptr() & 15,
+        out.shape, out.stride(), out.dtype, out.get_device(), out.data_ptr() & 15,
+        None if sums is None else (sums.shape, sums.stride(), sums.dtype, sums.get_device(), sums.data_ptr() & 15), config,
     )  # fmt: skip
     launch = _launches.get(key)
     if launch is None:
@@ -406,10 +408,6 @@ def channel_sq_norm(
         if len(_launches) >= 4096:
             _launches.clear()
         launch = _launches[key] = _prepare(x, rows, out, sums is not None, config)
-    if rows.dtype != torch.int64 or rows.get_device() != x.get_device() or out.dtype != torch.float32:
-        _check(x, rows, out, sums)
-    if rows.stride(0) != 1:
-        rows = rows.contiguous()
     table = out if sums is None else sums
 
     if x.is_cuda:

@@ -389,8 +389,6 @@ def shifted_products(a: Tensor, b: Tensor, shifts: list[int]) -> Tensor:
     if not a.is_floating_point() or not b.is_floating_point() or torch.float64 in (a.dtype, b.dtype):
         raise ValueError(f"a, b: must be float32, float16 or bfloat16, not {a.dtype} and {b.dtype}")
     with _guard(a.device):
-        sums = Sums(a.shape[1], b.shape[1], shifts, len(a), a.device)
-        # A table is a map of one line: columns are its rows.
         (c1, c2), s = (a.shape[1], b.shape[1]), len(shifts)
         out = torch.zeros(s * c1, c2, dtype=torch.float32, device=a.device)
         if a.numel() and b.numel() and s:

@@ -270,6 +270,31 @@ def test_direct_calls_name_the_wrong_argument() -> None:
             call()
 
 
+def test_a_known_shape_is_checked_again() -> None:
+    """What a launch was prepared for holds for these dtypes alone."""
+    x, rows, out = torch.randn(2, 3, 4, 4, device=DEVICE), torch.tensor([0, 1], device=DEVICE), torch.zeros(2, 3, device=DEVICE)
+    sq_kernel.channel_sq_norm(x, rows, out, torch.zeros_like(out))
+    for arguments, name in (
+        ((x, rows.double(), out, torch.zeros_like(out)), "rows must be"),
+        ((x, rows, out.long(), torch.zeros_like(out)), "out must be"),
+        ((x, rows, out, torch.zeros_like(out).double()), "sums must be"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            sq_kernel.channel_sq_norm(*arguments)
+
+
+def test_a_launch_belongs_to_the_alignment_that_it_was_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows with a stride are copied, and copies are aligned; rows of their address without a stride are not."""
+    monkeypatch.setattr(sq_kernel, "_launches", {})
+    x, base = torch.randn(4, 5, 3, 3, device=DEVICE), torch.tensor([9, 0, 1, 2, 2, 3, 3, 3, 3], device=DEVICE)
+    for rows in (base[1::2], base[1:5]):
+        assert rows.data_ptr() % 16 == 8
+        out = torch.zeros(4, 5, device=DEVICE)
+        sq_kernel.channel_sq_norm(x, rows, out)
+        torch.testing.assert_close(out.double(), truth_of(x, rows, torch.zeros(4, 5, device=DEVICE)), rtol=1e-6, atol=1e-6)
+    assert len(sq_kernel._launches) == 2
+
+
 COMPILE = '''
 import re, sys
 import torch, triton
