@@ -14,8 +14,9 @@ serves both ``UNet2DModel.from_pretrained(dir)`` and ``DDPMPipeline.from_pretrai
 
 Saving, ``free`` layout. Widths differ per slot, which the constructor of ``UNet2DModel`` cannot express: it knows one
 width per level. ``config.json`` therefore names ``PrunedUNet2DModel`` and holds the dense configuration and the pruning
-record; ``model_index.json`` names ``wanda_fast``, so stock diffusers stops with that name. :func:`load_pruned` opens
-it.
+record; ``model_index.json`` names ``wanda_fast``, so stock diffusers stops with that name. Its classes do not look at the
+names: where ``UNet2DModel.from_pretrained`` reads the widths of the levels, ``config.json`` has a sentence (`SIGNPOST`), which the
+constructor quotes and refuses. :func:`load_pruned` opens it.
 """
 
 from __future__ import annotations
@@ -48,6 +49,11 @@ BUNDLED_SAMPLES = ASSETS / f"{BUNDLED_NAME}-samples.png"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NETWORKS = ("UNet2DModel", *INNER_CLASSES)  # each also with "Pruned" before it: the free layout
 PARTS = ("unet", "transformer")  # names of the network in a pipeline
+
+# Entry that the stock constructor refuses by quoting it, before any weight is read. The dense value is in the pruning record.
+_SIGNPOSTED = {"UNet2DModel": "block_out_channels", "UNet2DConditionModel": "block_out_channels", "DiTTransformer2DModel": "norm_type",
+               "PixArtTransformer2DModel": "norm_type"}  # fmt: skip
+SIGNPOST = "this folder is pruned in the free layout, where widths differ inside a level; open it with wanda_fast.load_pruned(folder)"
 
 MOST_TIMESTEPS = 100_000  # of a noise schedule; a damaged file must not ask for terabytes
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -113,7 +119,7 @@ def load_pipeline(
     folder, source, name = _locate(model)
     unet_dir, scheduler_file, notes = _find_parts(folder)
     config_file = unet_dir / "config.json"
-    raw = _read_json(config_file)
+    raw = without_signpost(_read_json(config_file))
     class_name = raw.get("_class_name", "UNet2DModel")
     if str(class_name).removeprefix("Pruned") not in NETWORKS:
         raise UserError(f"{config_file}: holds a {class_name}; only {', '.join(NETWORKS)} are supported.")
@@ -544,6 +550,9 @@ def save_folder(
         target = target / index
         target.mkdir()
     _check_config(unet, config)
+    if free:
+        key = _SIGNPOSTED[base]
+        config = {**config, key: SIGNPOST, "pruning": {**config["pruning"], "dense": {key: config[key]}}}
     config = {"_class_name": part[1], "_diffusers_version": version, **config}
     _write_json(target / "config.json", config)
     state = {
@@ -623,6 +632,15 @@ def public_config(unet: nn.Module) -> dict[str, Any]:
     """
     config: Mapping[str, Any] = unet.config  # type: ignore[assignment]
     return {k: list(v) if isinstance(v, tuple) else v for k, v in config.items() if not k.startswith("_")}
+
+
+def without_signpost(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration of the free layout as it was before `save_folder` put the signpost up; any other as it is."""
+    record = config.get("pruning")
+    if not isinstance(record, dict) or not isinstance(dense := record.get("dense"), dict):
+        return dict(config)
+    values = {key: value for key, value in dense.items() if key in _SIGNPOSTED.values()}
+    return {**config, **values, "pruning": {k: v for k, v in record.items() if k != "dense"}}
 
 
 def saved_bytes(unet: nn.Module, dtype: torch.dtype | None = None) -> int:

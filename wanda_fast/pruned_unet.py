@@ -18,6 +18,7 @@ from diffusers import (
     UNet2DModel,
 )
 
+from .checkpoint import without_signpost
 from .errors import UserError
 from .plan import record_of
 from .slots import find_slots, insert_identity_shortcut, resize
@@ -54,6 +55,12 @@ def _shrink(network: Any, pruning: dict[str, Any]) -> None:
     network.register_to_config(pruning=pruning)
 
 
+def _parts(pruning: dict[str, Any], config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Pruning record and dense configuration, as they are in memory or as they stand in config.json."""
+    found = without_signpost({**config, "pruning": pruning})
+    return found.pop("pruning"), found
+
+
 def _signature(dense: type) -> inspect.Signature:
     """diffusers reads the signature to tell which configuration entries belong to the constructor."""
     return inspect.Signature(
@@ -76,6 +83,7 @@ class PrunedUNet2DModel(UNet2DModel):
     """
 
     def __init__(self, pruning: dict[str, Any], **dense: Any) -> None:
+        pruning, dense = _parts(pruning, dense)
         super().__init__(**dense)
         _shrink(self, pruning)
 
@@ -86,6 +94,7 @@ class PrunedUNet2DConditionModel(UNet2DConditionModel):
     """A UNet2DConditionModel with fewer inner channels, feed-forward neurons and heads; see `PrunedUNet2DModel`."""
 
     def __init__(self, pruning: dict[str, Any], **dense: Any) -> None:
+        pruning, dense = _parts(pruning, dense)
         super().__init__(**dense)
         _shrink(self, pruning)
 
@@ -96,6 +105,7 @@ class PrunedDiTTransformer2DModel(DiTTransformer2DModel):
     """A DiTTransformer2DModel with fewer feed-forward neurons and heads; see `PrunedUNet2DModel`."""
 
     def __init__(self, pruning: dict[str, Any], **dense: Any) -> None:
+        pruning, dense = _parts(pruning, dense)
         super().__init__(**dense)
         _shrink(self, pruning)
 
@@ -106,6 +116,7 @@ class PrunedPixArtTransformer2DModel(PixArtTransformer2DModel):
     """A PixArtTransformer2DModel with fewer feed-forward neurons and heads; see `PrunedUNet2DModel`."""
 
     def __init__(self, pruning: dict[str, Any], **dense: Any) -> None:
+        pruning, dense = _parts(pruning, dense)
         super().__init__(**dense)
         _shrink(self, pruning)
 
