@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -206,10 +207,14 @@ print("right")
 # ---- installation -------------------------------------------------------------------------------------------------
 
 
+def copy_source(folder: Path) -> None:
+    """This source without anything built before."""
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns("*.so", "build", "run", ".*", "*.egg-info", "__pycache__", "results"))
+
+
 def build_wheel(folder: Path, source: Path, **environment: str) -> tuple[list[str], str]:
-    """Names in a wheel of this source, copied without anything built before, and what the build printed."""
-    ignored = shutil.ignore_patterns("*.so", "build", "run", ".*", "*.egg-info", "__pycache__", "results")
-    shutil.copytree(ROOT, source, ignore=ignored)
+    """Names in a wheel of this source, and what the build printed."""
+    copy_source(source)
     env = {**os.environ, "WANDA_FAST_CUDA": "0", **environment}
     command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", str(folder), str(source)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
@@ -243,3 +248,21 @@ print(importlib.util.find_spec("wanda_fast.kernels.channel_sq_norm").origin)
     text = python(code, cwd=tmp_path)
     assert "2.0 the compiled extension is missing" in text
     assert str(tmp_path / "site" / "wanda_fast" / "kernels") in text
+
+
+def test_a_source_distribution_holds_what_the_build_reads_and_no_more(tmp_path: Path) -> None:
+    copy_source(tmp_path / "source")
+    code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))"
+    environment = {**os.environ, "WANDA_FAST_CUDA": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "source", env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(tmp_path / done.stdout.split()[-1]) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name and not archive.getmember(name).isdir()}
+    made = {"PKG-INFO", "setup.cfg"}
+    wanted = {"LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"}
+    for folder in ("csrc", "kernels", "wanda_fast"):
+        found = (file for file in (tmp_path / "source" / folder).rglob("*") if file.is_file())
+        wanted |= {file.relative_to(tmp_path / "source").as_posix() for file in found}
+    assert {name for name in names - made if ".egg-info/" not in name} == wanted
