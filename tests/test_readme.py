@@ -12,21 +12,29 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from networks import PLAIN, random_unet
 from PIL import Image
 from runs import one_thread as one_thread
+from test_features import Colours, folder_of, pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from wanda_fast import checkpoint, cli, features  # noqa: E402
 from wanda_fast.cli import prune as command  # noqa: E402
 from wanda_fast.cli.parser import Parser  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 TEXTS = {"README.md": README, "docs/guide.md": GUIDE}
+RESULTS_TEXTS = sorted((ROOT / "benchmarks" / "results").glob("*.md"))
+PAGES = {**TEXTS, **{file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in RESULTS_TEXTS}}
 OUTPUT, OUTPUT_END = "<!-- output:run -->\n", "<!-- output:end -->"
 BEGIN, END = "<!-- table:parameters -->\n", "<!-- table:end -->"
 
@@ -76,16 +84,112 @@ def test_there_are_snippets_and_the_others_are_valid():
             ast.parse(code)
 
 
-def test_every_command_of_the_program_parses():
+def command_lines(text: str) -> list[list[str]]:
+    """The words after the program's name, of every line of a text that starts it."""
+    found = []
+    for block in blocks(text, "bash") + blocks(text, "sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            line = re.sub(r"\s+#.*", "", line).split("&& ")[-1]
+            match = re.match(r"(?:torchrun .*-m wanda_fast|python -m wanda_fast|wanda-fast|(?=python prune\.py)) ?(.*)", line)
+            if match:
+                found.append(shlex.split(match[1].replace("python prune.py", "prune")))
+    return found
+
+
+COMMANDS = [words for text in TEXTS.values() for words in command_lines(text)]
+
+
+def test_commands_are_found():
+    assert {words[0] for words in COMMANDS} == set(cli.COMMANDS) and len(COMMANDS) >= 30
+
+
+# What makes a command of the texts a matter of a moment. `analyze`, `compare` and `export` take seconds at any size: theirs run in tests
+# of their own.
+SMALL = {
+    "prune": "--device cpu --calib_steps 8 --repair none --split uniform --num_samples 0 --num_inference_steps 2 --batch_size 8 --align 4 "
+    "--dtype fp32",
+    "evaluate": "--device cpu --num_samples 4 --num_inference_steps 1 --noise_images 4 --dtype fp32",
+    "fid": "--device cpu",
+    "sample": "--device cpu --num_samples 2 --num_inference_steps 1",
+    "finetune": "--device cpu --steps 1 --batch_size 4 --num_images 4 --validation_images 4 --num_samples 1 --num_inference_steps 1 "
+    "--dtype fp32",
+}
+STAND_INS = {
+    **dict.fromkeys(("FOLDER", "DENSE", "DENSE_FOLDER", "OWNER/DENSE", "google/ddpm-cifar10-32", "PRUNED", "RECOVERED"), "model"),
+    **dict.fromkeys(("IMAGES", "SAMPLES", "FOLDER_OF_IMAGES", "DATA", "cifar10"), "images"), "efficientnet-lite0": "colours",
+    "6": "0", "256": "2", "0.6x": "0.99x",
+}  # fmt: skip
+RESULTS = ("OUT", "run/small")  # folders whose making is looked at, beside that of the first command
+
+
+def in_small(words):
+    """A command with the names of the texts replaced by what is there, and small counts; `prune` writes what is looked at."""
+    text_to_image = "--prompt_embeds" in words
+    more = [*shlex.split(SMALL[words[0]]), "--quiet"]
+    if words[0] == "prune" and words != COMMANDS[0] and not any(w in RESULTS for w in words) and "--dry_run" not in words:
+        more.append("--dry_run")
+    more += ["--latency_mode", "eager"] if "--target_latency" in words else []
+    words = [STAND_INS.get(word, word) for word in words if word != "--compile"]
+    if text_to_image:
+        words[words.index("model")] = "text-to-image"
+    return words + more
+
+
+def test_every_command_runs(tmp_path, monkeypatch, capfd):
+    """One after the other, as a reader would, on a tiny network that stands for the bundled one."""
+    from conditioned import CONDITIONED
+    from safetensors.torch import save_file
+
+    monkeypatch.chdir(tmp_path)
+    tiny = {**PLAIN, "sample_size": 8, "block_out_channels": (16, 32), "norm_num_groups": 4, "add_attention": False,
+            "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}  # fmt: skip
+    with checkpoint.atomic_folder(tmp_path / "model") as target:
+        checkpoint.save_folder(target, random_unet(tiny), DDPMScheduler())
+    conditioned = {**CONDITIONED["sd15"][1], "sample_size": 8, "block_out_channels": (16, 32), "norm_num_groups": 4}
+    UNet2DConditionModel(**conditioned).save_pretrained("text-to-image")
+    save_file({"prompt_embeds": torch.randn(4, 5, 24), "negative_prompt_embeds": torch.randn(4, 5, 24)}, "prompts.safetensors")
+    folder_of(pictures(12, 8), tmp_path / "images")
+    Image.fromarray(pictures(1, 128).numpy()[0]).save("sheet.png")
+    (yaml,) = (code for code in blocks(GUIDE, "yaml") if "# half.yaml" in code)
+    (tmp_path / "half.yaml").write_text(yaml)
+    monkeypatch.setattr(checkpoint, "BUNDLED_MODEL", tmp_path / "model")
+    monkeypatch.setattr(checkpoint, "BUNDLED_SAMPLES", tmp_path / "sheet.png")
+    monkeypatch.setattr(features, "FEATURES", {**features.FEATURES, "colours": Colours})
+    pushed = []
+    monkeypatch.setattr(command, "push", lambda folder, name, **options: pushed.append(name) or f"https://huggingface.co/{name}")
+    for words in COMMANDS:
+        if words[0] in SMALL:
+            assert cli.main(in_small(words)) == 0, (words, capfd.readouterr().err)
+    assert pushed == ["OWNER/SMALL"] and all((tmp_path / folder / "model_index.json").is_file() for folder in RESULTS)
+    assert "run/ddpm-cifar10-small-wanda-diff-0.3" in README and (tmp_path / "run" / "ddpm-cifar10-small-wanda-diff-0.3").is_dir()
+
+
+def test_commands_that_are_not_run_parse():
+    for words in COMMANDS:
+        if words[0] not in SMALL:
+            module = import_module(f"wanda_fast.cli.{words[0]}")
+            made = Parser(words[0], module.EXAMPLES)
+            module.add_arguments(made)
+            assert made.parse_args(words[1:])
+
+
+def test_commands_of_the_benchmarks_parse():
+    """Of the files that make the tables and pictures, wherever they are named."""
+    from benchmarks import main as bench
+    from benchmarks import quality
+
     found = 0
-    for text in TEXTS.values():
-        for block in blocks(text, "bash"):
-            for line in block.splitlines():
-                match = re.search(r"(?:python prune\.py|wanda-fast prune|python -m wanda_fast prune) (.*?)(?:\s+#.*)?$", line)
-                if match:
-                    parser().parse_args(shlex.split(match[1]))
-                    found += 1
-    assert found >= 6
+    for text in PAGES.values():
+        for name, words in re.findall(r"`(?:[A-Z_]+=\w+ )?python (bench\.py|-m benchmarks\.\w+)([^`]*)`", text):
+            words = shlex.split(words.replace("…", "compact"))
+            if name.endswith("quality") or "--quality" in words:
+                assert quality.parser().parse_args(words)
+            elif name == "bench.py":
+                assert bench.parser().parse_args(words)
+            else:
+                assert (ROOT / "benchmarks" / f"{name.split('.')[-1]}.py").is_file(), name
+            found += 1
+    assert found >= 12
 
 
 def test_guide_lists_every_parameter():
@@ -115,22 +219,40 @@ def test_readme_shows_the_output_of_the_command():
     assert "/tmp" not in output and "/home" not in output
 
 
-def test_links_lead_somewhere():
-    for name, text in TEXTS.items():
-        headings = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
-        for target in re.findall(r"\]\(([^)]+)\)", text):
-            if target.startswith("http"):
-                continue
-            path, _, anchor = target.partition("#")
-            file = (ROOT / name).parent / path if path else ROOT / name
-            assert file.is_file(), (name, target)
-            if anchor and path:
-                other = file.read_text(encoding="utf-8")
-                headings_there = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-")
-                                  for h in re.findall(r"^#+ (.*)$", other, re.MULTILINE)}  # fmt: skip
-                assert anchor in headings_there, (name, target)
-            elif anchor:
-                assert anchor in headings, (name, target)
+def anchors(text: str) -> set[str]:
+    """What a link to a heading of this text may say, as the hub and GitHub make it."""
+    outside = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", outside, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[name]):
+        if target.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / name).parent / path if path else ROOT / name
+        assert file.is_file(), target
+        assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), target
+
+
+def test_anchors_are_those_of_headings():
+    assert anchors("# A b: c\n## `d` in E_f (1, 2)?\n```sh\n# no heading\n```\n") == {"a-b-c", "d-in-e_f-1-2"}
+
+
+def test_contents_of_the_guide_are_its_headings():
+    listed = re.findall(r"^- \[([^\]]+)\]\(#[\w-]+\)$", GUIDE, re.MULTILINE)
+    assert listed == re.findall(r"^## (.*)$", GUIDE, re.MULTILINE)
+
+
+def test_files_that_texts_name_exist():
+    """Result files, scripts and documents in backquotes, by path or, in the folder of results, by name."""
+    for name, text in PAGES.items():
+        for path in re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:json|md|txt|py|png))`", text):
+            if path.startswith(("benchmarks/", "docs/", "wanda_fast/")):
+                assert (ROOT / path).is_file(), (name, path)
+            elif name.startswith("benchmarks/results/") and not path.startswith("pruning"):
+                assert any((ROOT / folder / path).is_file() for folder in ("benchmarks/results", "benchmarks", ".")), (name, path)
 
 
 def test_pictures_are_small():
