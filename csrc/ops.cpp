@@ -175,7 +175,7 @@ void score_into(const Tensor& weight, Element element, bool channels_last, const
       kernel(args, first, last, row_sum, column.data());
       for (int64_t r = first; r < last; ++r) row[r] = static_cast<float>(row_sum[r - first]);
       Scalar* const sum = partial.data() + task * channels;
-      if (channels_last) {
+      if (channels_last || inner == 1) {
         for (int64_t i = 0; i < channels; ++i) sum[i] = column[i];
         for (int64_t k = 1; k < inner; ++k)
           for (int64_t i = 0; i < channels; ++i) sum[i] += column[k * channels + i];
@@ -188,12 +188,19 @@ void score_into(const Tensor& weight, Element element, bool channels_last, const
       }
     }
   });
-  torch::stable::parallel_for(0, groups * channels, std::max<int64_t>(64, kGrain / chunks), [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      const Scalar* const p = partial.data() + (c / channels * chunks) * channels + c % channels;
-      double sum = 0;
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += p[chunk * channels];
-      col[c] = static_cast<float>(sum * act_norm[c]);
+  // Blocks of neighbouring channels: down one channel, every partial would be in another cache line.
+  constexpr int64_t kBlock = 64;
+  const int64_t blocks = ceil_div(channels, kBlock);  // of one group
+  torch::stable::parallel_for(0, groups * blocks, std::max<int64_t>(1, kGrain / (kBlock * chunks)), [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t first = b % blocks * kBlock;
+      const int64_t count = std::min(kBlock, channels - first);
+      const Scalar* p = partial.data() + b / blocks * chunks * channels + first;
+      double sum[kBlock] = {};
+      for (int64_t chunk = 0; chunk < chunks; ++chunk, p += channels)
+        for (int64_t i = 0; i < count; ++i) sum[i] += p[i];
+      const int64_t c = b / blocks * channels + first;
+      for (int64_t i = 0; i < count; ++i) col[c + i] = static_cast<float>(sum[i] * act_norm[c + i]);
     }
   });
 }
