@@ -103,7 +103,7 @@ def read_results(path: Path) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if set(found) < {"env", "protocol", "rows"}:
+        if not set(found) >= {"env", "protocol", "rows"}:
             raise ValueError("it lacks env, protocol or rows")
         for row in found["rows"]:
             key(row)

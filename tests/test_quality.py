@@ -136,10 +136,11 @@ def test_a_failing_row_costs_the_others_nothing(place: Path, first: list[dict[st
 def test_other_protocols_and_other_files_are_refused(place: Path, first: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(place, "--samples", 9, "--max_rows", 1) == 2
     assert "another protocol (samples 8 there, 9 here)" in capsys.readouterr().err
-    (place / "other.json").write_text('{"rows": []}')
-    assert run(place, out="other.json") == 2
-    error = capsys.readouterr().err
-    assert "no results of this benchmark" in error and error.count("\n") == 1
+    for other in ('{"rows": []}', '{"env": {}, "rows": [], "more": 1}', "[1]", "no JSON"):
+        (place / "other.json").write_text(other)
+        assert run(place, out="other.json") == 2
+        error = capsys.readouterr().err
+        assert "no results of this benchmark" in error and error.count("\n") == 1
     assert run(place, "--speed", out="nothing.json") == 2
 
 
