@@ -136,6 +136,14 @@ def test_rows_repeat_and_accumulate(target: tuple[str, str]) -> None:
     assert out.tolist() == [[5.0] * 3, [16.0] * 3, [7.0] * 3]
 
 
+def test_the_table_needs_no_gradient(target: tuple[str, str]) -> None:
+    """It would hold on to every activation that was ever added."""
+    backend, device = target
+    x = torch.randn(2, 3, 4, 4, device=device, requires_grad=True)
+    out = ops.channel_sq_norm(x, torch.tensor([0, 1], device=device), torch.zeros(2, 3, device=device), backend=backend)
+    assert not out.requires_grad and bool((out > 0).all())
+
+
 def test_repeats_bit_for_bit(target: tuple[str, str]) -> None:
     backend, device = target
     x = torch.randn(16, 37, 9, 9, device=device)

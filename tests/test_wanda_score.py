@@ -86,8 +86,9 @@ def test_strides(case: str, target: tuple[str, str]) -> None:
 def test_results_need_no_gradient(target: tuple[str, str]) -> None:
     backend, device = target
     weight = torch.randn(4, 3, device=device, requires_grad=True)
-    for result in ops.wanda_score(weight, torch.rand(3, device=device), backend=backend):
-        assert not result.requires_grad
+    norm, sq, row_weight = (torch.rand(shape, device=device, requires_grad=True) for shape in ((3,), (5, 3), (5,)))
+    found = ops.wanda_score(weight, norm, backend=backend), ops.wanda_score_stats(weight, sq, row_weight, backend=backend)
+    assert not any(result.requires_grad for pair in found for result in pair)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 40], ids=lambda r: f"R{r}")

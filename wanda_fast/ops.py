@@ -470,6 +470,8 @@ def channel_sq_norm(x: Tensor, rows: Tensor, out: Tensor, *, backend: str | None
         _check_device(rows, "rows", x, "x")
         _check_device(out, "out", x, "x")
 
+    if x.requires_grad:
+        x = x.detach()
     if x.dtype == torch.float64 and device.type != "cpu" and resolve_name(backend) == "auto":
         backend = "reference"  # the kernels for GPUs take float32 and narrower
     chosen, function = _select("channel_sq_norm", backend, device.type)
@@ -568,7 +570,7 @@ def wanda_score_stats(
     if weight.dtype == torch.float64 and weight.device.type != "cpu" and resolve_name(backend) == "auto":
         backend = "reference"
     _, function = _select("wanda_score_stats", backend, weight.device.type)
-    return function(weight.detach(), sq, row_weight)
+    return function(weight.detach(), sq.detach(), row_weight.detach())
 
 
 def _check_keep(keep: Tensor, t: Tensor, dim: int, name: str) -> None:
