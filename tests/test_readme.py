@@ -7,6 +7,7 @@ command printed (a text file) and its pictures (the folder it wrote) in their pl
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 import shutil
@@ -14,6 +15,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 import torch
@@ -256,6 +258,85 @@ def test_files_that_texts_name_exist():
                 assert (ROOT / path).is_file(), (name, path)
             elif name.startswith("benchmarks/results/") and not path.startswith("pruning"):
                 assert any((ROOT / folder / path).is_file() for folder in ("benchmarks/results", "benchmarks", ".")), (name, path)
+
+
+def results(name):
+    return json.loads((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8"))
+
+
+def notes():
+    return PAGES["benchmarks/results/notes.md"]
+
+
+def test_quality_in_words_is_that_of_the_results():
+    """SSIM and Fréchet distance as guide and notes quote them."""
+    large = {row["layout"]: row for row in results("quality.json")["rows"] if row["pruner"] == "wanda-diff" and row["budget"] == "56.3%"}
+    dense = next(row for row in results("quality.json")["rows"] if row["pruner"] == "dense")
+    stock, free = large["stock"], large["free"]
+    assert f"SSIM {stock['ssim']:.3f} in the stock layout, {free['ssim']:.3f} in the free one" in GUIDE
+    assert f"from {dense['fd']:.1f} to {stock['fd']:.1f} and {free['fd']:.1f}" in " ".join(GUIDE.split())
+    assert f"(dense {dense['fd']:.1f}) | {free['fd']:.1f} free layout, {stock['fd']:.1f} stock |" in notes()
+    assert f"| {free['prune_seconds']:.1f} s free; {stock['prune_seconds']:.1f} s stock |" in notes()
+
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in results("quality-cpu.json")["rows"]:
+        if row["budget"] == "56.3%" and row["split"] == "sensitivity" and row["repair"] == "lstsq":
+            found.setdefault((row["pruner"], row["layout"]), []).append(row["ssim"])
+    (said,) = re.findall(r"three seeds \(\[all rows\].*?\): (.*?)\. In the free layout (.*?)\.\s+Without", GUIDE, re.DOTALL)
+    quoted = dict(re.findall(r"`([\w-]+)`\s+(0\.\d{3} ± 0\.\d{3})", said[0]))
+    assert quoted == {p: f"{mean(v):.3f} ± {stdev(v):.3f}" for (p, layout), v in found.items() if layout == "stock"}
+    free_means = {p: f"{mean(v):.3f}" for (p, layout), v in found.items() if layout == "free"}
+    assert set(re.findall(r"0\.9\d\d", said[1])) == set(free_means.values()) and max(free_means, key=free_means.get) == "wanda-diff"
+
+
+def test_speed_in_words_is_that_of_the_results():
+    """The cost model of the guide, and the targets in the notes."""
+    (step,) = (row["ms"] for row in results("h200-calibration_step.json")["rows"] if row["op"] == "calibration_step" and
+               (row["mode"], row["backend"], row["dtype"], row["layout"]) == ("graph", "triton", "bf16", "contiguous"))  # fmt: skip
+    per_second = 128 / step * 1e3
+    assert f"{step:.1f} ms for 128 images (CUDA graph): {round(per_second, -2):,.0f} images/s" in GUIDE
+    assert f"{round(1e7 / per_second, -1):.0f} s on 1 GPU, {1e7 / per_second / 64:.0f} s on 64" in GUIDE
+    assert f"takes {step:.1f} ms where" in notes()
+    rows = {(r["model"], r["network"], r["mode"]): r for r in results("h200-speed.json")["rows"] if r.get("batch_size") == 256 and "ms" in r}
+    eager, graph = (rows["ddpm-cifar10-32", "dense", mode]["images_per_s"] for mode in ("eager", "compiled graph"))
+    pruned = rows["ddpm-cifar10-32", "56 % of the MACs", "compiled graph"]["images_per_s"]
+    assert f"{eager:.0f} images/s eager, {graph:.0f} images/s compiled in a CUDA graph (dense; {pruned:.0f} with 56 % of the MACs)" in GUIDE
+    assert f"{1e6 / graph / 60:.0f} minutes on 1 GPU" in GUIDE
+    for network, ending in (("56 % of the MACs", " (batch 256)"), ("half of the MACs", ". 256 pixels")):
+        plain, replayed = (rows["ddpm-cifar10-32", network, mode]["times_as_fast"] for mode in ("compiled", "compiled graph"))
+        assert f"{plain:.2f}x; {replayed:.2f}x from a CUDA graph{ending}" in notes()
+
+
+def test_table_of_the_large_network_is_that_of_the_results():
+    found = results("sdxl-h200.json")
+    names = {"plan": "plan", "compact": "compaction", "repair": "repair, 24 samples",
+             "calibrate": "calibration, 128 samples of 128 x 128 latents"}  # fmt: skip
+    for stage, name in names.items():
+        row = found["stages"][stage]
+        assert f"| {name} | {row['seconds']:.1f} | {row['share']:.0%} | {row['peak_bytes'] / 2**30:.1f} |".replace("%", " %") in GUIDE
+    assert f"({found['model_bytes'] / 2**30:.2f} GiB), cut to {found['sizes']['pruned']['macs_share']:.0%}".replace("%", " %") in GUIDE
+    assert f"{found['memory']['peak_less_model_gib']:.1f} GiB above the network's own memory" in GUIDE
+    error = found["noise_error_relative"]
+    assert f"falls from {error['plain_cut']:.2f} (plain cut) to {error['repaired']:.2f}" in GUIDE
+
+
+def test_answers_of_the_guide_are_those_of_the_ratios():
+    """Rows of ratios-cpu.md, which is written by hand from `pruning.json` of its runs."""
+    rows = {}
+    for line in PAGES["benchmarks/results/ratios-cpu.md"].splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 13 and cells[0].startswith("`"):
+            rows[cells[0].strip("`").removeprefix("--ratio ")] = cells[1:]
+    table = re.findall(r"^\| (0\.\d) \| (.*?) \|$", GUIDE, re.MULTILINE)
+    assert len(table) == 5
+    for ratio, cells in table:
+        _, params, macs, faster, ssim, psnr = rows[ratio][:6]
+        assert cells.replace(" as fast", "").split(" | ") == [params, macs, faster, ssim, psnr]
+    for option in ("--repair_images 64", "--batch_size 8", "--calib_steps 128", "--stats_memory 1M", "--repair none"):
+        (cells,) = re.findall(rf"^\| `{option}` \| (.*?) \|$", GUIDE, re.MULTILINE)
+        _, _, _, _, ssim, _, error, calibrate, plan, repair = rows[f"0.3 {option}"][:10]
+        wanted = [repair if repair == "-" else f"{repair} GiB", f"{plan} GiB", f"{calibrate} GiB", ssim.replace("-", "not drawn"), error]
+        assert cells.split(" | ") == wanted, option
 
 
 def test_pictures_are_small():
