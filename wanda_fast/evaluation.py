@@ -241,9 +241,7 @@ def count_macs(unet: nn.Module) -> int:
 
 
 def peak_memory(device: torch.device | str) -> int | None:
-    """Peak bytes that tensors took on a CUDA device since the last ``torch.cuda.reset_peak_memory_stats``; None
-    elsewhere.
-    """
+    """Peak bytes that tensors took on a CUDA device since the last ``torch.cuda.reset_peak_memory_stats``; None elsewhere."""
     device = torch.device(device)
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
@@ -533,7 +531,7 @@ def evaluate(
             result |= _feature_figures(extractor, known, images, batch_size, log)
     if noise_images > 0:
         held_out, source = _held_out_images(real, images, unet, scheduler, noise_images, data_dir,
-            bundled=model is None, steps=steps, seed=seed, batch_size=batch_size, dtype=dtype)  # fmt: skip
+            bundled=model in (None, "bundled"), steps=steps, seed=seed, batch_size=batch_size, dtype=dtype)  # fmt: skip
         batches = held_out_batches(unet, scheduler, held_out, n=noise_images, seed=seed, batch_size=batch_size, device=place_)
         total = int(scheduler.config.num_train_timesteps)
         table = errors_over_time(unet, None if other is None else other[0], batches, steps=total, dtype=dtype)
@@ -546,7 +544,14 @@ def evaluate(
         )
     result["seconds"] = round(time.perf_counter() - begin, 1)
     if save_path is not None:
-        with checkpoint.atomic_folder(save_path, overwrite) as folder:
+        path = Path(save_path)
+
+        def instead(other_path: Path) -> None:
+            nonlocal path
+            path = other_path
+            log(f"{save_path} was taken by something else meanwhile; the result is in {path}")
+
+        with checkpoint.atomic_folder(save_path, overwrite, instead=instead) as folder:
             text = json.dumps(_finite(result), indent=1, allow_nan=False)
             (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
             asked = {
@@ -558,6 +563,7 @@ def evaluate(
             lost = [k for k, v in asked.items() if v is not None and k not in options]
             run_config.write(folder, "evaluate", options, f"from memory, not here: {', '.join(lost)}" if lost else "")
             save_picture(result, images, folder / "evaluation.png")
+        result["path"] = str(path)
     return result
 
 

@@ -1,8 +1,8 @@
 """Image features and the Fréchet distance between sets of images.
 
 A distance means something only beside the protocol it was measured with: which network gave the features, how the images
-were resized for it, how
-many there were. So every :class:`FeatureStats` carries its protocol, and two that differ are never compared.
+were resized for it, how many there were. So every :class:`FeatureStats` carries its protocol, and two that differ are never
+compared.
 
 A new extractor is one small class in one file:
 
@@ -580,8 +580,8 @@ def feature_distance(extractor: FeatureExtractor, a: Tensor, b: Tensor, *, batch
     """Mean over image pairs of the distance of their feature maps, and the number of maps.
 
     At every place of a map the channel vectors are scaled to unit length; the squared differences are summed over the
-    channels and averaged over
-    places and maps. This is the form of LPIPS without its learned weights, and on another network: not LPIPS, and not comparable with it.
+    channels and averaged over places and maps. This is the form of LPIPS without its learned weights, and on another network: not
+    LPIPS, and not comparable with it.
 
     Args:
         a, b: uint8 [N, H, W, C], N ≥ 1.
@@ -646,8 +646,7 @@ def image_batches(
     n: int | None = None,
     data_dir: str | os.PathLike[str] | None = None,
 ) -> Iterator[Tensor]:
-    """Batches uint8 [≤ batch_size, H, W, 1 or 3], each of one size: images of a folder keep
-    their own size and are gathered by it.
+    """Batches uint8 [≤ batch_size, H, W, 1 or 3], each of one size: images of a folder keep their own size and are gathered by it.
 
     Raises:
         UserError: missing or empty folder, a single file, unreadable images (named).

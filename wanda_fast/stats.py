@@ -6,14 +6,11 @@ large models get one row per timestep bin, from which only the root mean square 
 
 From rows to ‖X‖₂ of a layer, [C_in]:
 
-1. rows outside the target range are left out, the others are grouped by timestep: one group per timestep while there
-are at
+1. rows outside the target range are left out, the others are grouped by timestep: one group per timestep while there are at
    most 64, otherwise 32 bins of equal width over the target range;
-2. the activation strategy makes one norm per group: ``mean`` √(Σ x² / samples), the root mean square of the per-sample
-norms;
+2. the activation strategy makes one norm per group: ``mean`` √(Σ x² / samples), the root mean square of the per-sample norms;
    ``max`` and ``median`` of the per-sample norms;
-3. the time strategy joins the groups: ``mean``, ``max``, ``median``, or ``weighted_mean`` with weights that rise
-linearly from
+3. the time strategy joins the groups: ``mean``, ``max``, ``median``, or ``weighted_mean`` with weights that rise linearly from
    0.5 at the noisiest timestep of the target range to 1.5 at the cleanest.
 
 Source: Wanda, Sun et al. 2023, arXiv:2306.11695, section 3, for ‖X‖₂; the strategies over time are those of Wanda-Diff.
@@ -84,8 +81,7 @@ class ActivationStats:
         num_train_timesteps: length of the noise schedule.
         model: fingerprint of the network, see :func:`fingerprint`.
         info: how the statistics came about: dataset, seed, mode, target, dtype, versions. JSON.
-        sums: layer → [C_in] float64, Σ x over all samples and positions; empty unless the calibration was asked for
-        means.
+        sums: layer → [C_in] float64, Σ x over all samples and positions; empty unless the calibration was asked for means.
 
     Example:
         Two channels in four samples, two of them at a noisy and two at a clean timestep:
@@ -153,8 +149,7 @@ class ActivationStats:
             raise UserError(f"the activation statistics have no layer {layer}.")
         if activation_strategy != "mean" and not self.per_sample:
             raise UserError(
-                f"the activation strategy {activation_strategy} needs one row per sample, but these statistics hold "
-                f"one row per "
+                f"the activation strategy {activation_strategy} needs one row per sample, but these statistics hold one row per "
                 "timestep bin (calibrate with fewer images, or ask for sample rows)."
             )
         if activation_strategy == "mean":
@@ -185,9 +180,7 @@ class ActivationStats:
         return when, torch.zeros(groups, sq.shape[1], dtype=torch.float64).index_add_(0, group, sq) / total[:, None]
 
     def _groups(self, target_steps: str | tuple[int, int]) -> tuple[Tensor, Tensor, int]:
-        """(indices of the rows in the target, group of each, number of groups); groups are numbered by rising
-        timestep.
-        """
+        """(indices of the rows in the target, group of each, number of groups); groups are numbered by rising timestep."""
         low, high = self._target(target_steps)
         rows = ((self.timesteps >= low) & (self.timesteps < high)).nonzero().flatten()
         if len(rows) == 0:
@@ -352,9 +345,7 @@ class ActivationStats:
     # ---------------------------------------------------------------------------------------------------------- on disk
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, in one step. Layers with equal tables (queries, keys and values read one tensor)
-        share one.
-        """
+        """Write a safetensors file, in one step. Layers with equal tables (queries, keys and values read one tensor) share one."""
         from safetensors.torch import save_file
 
         owners, aliases = self._shared()
@@ -458,8 +449,7 @@ class ActivationStats:
 
 
 def parse_target_steps(text: str, num_train_timesteps: int) -> tuple[int, int]:
-    """Range [low, high) of timesteps: ``all``; ``early`` (t ≥ 0.7 T, the noisiest); ``late`` (t < 0.3 T); ``middle``;
-    ``a-b``.
+    """Range [low, high) of timesteps: ``all``; ``early`` (t ≥ 0.7 T, the noisiest); ``late`` (t < 0.3 T); ``middle``; ``a-b``.
 
     Raises:
         UserError: malformed, empty, or outside [0, T].
@@ -479,9 +469,7 @@ def parse_target_steps(text: str, num_train_timesteps: int) -> tuple[int, int]:
 
 
 def fingerprint(unet: nn.Module) -> dict[str, str]:
-    """SHA-256 of the architecture (config, names and shapes) and of the weights (as float32, so the dtype in memory is
-    free).
-    """
+    """SHA-256 of the architecture (config, names and shapes) and of the weights (as float32, so the dtype in memory is free)."""
     config: Any = unet.config
     state = unet.state_dict()
     shape = {
