@@ -275,6 +275,16 @@ def test_bad_arguments(
         calibrate(unet, scheduler, images, **{"n": 4, **arguments})
 
 
+@pytest.mark.parametrize("steps", [(5, 5), (-5, 50), (0, 1001), (50, 5)], ids=str)
+def test_a_range_of_timesteps_must_lie_in_the_schedule(
+    steps: tuple[int, int], unet: nn.Module, scheduler: DDPMScheduler, images: Tensor
+) -> None:
+    with pytest.raises(UserError, match="is empty or outside the 1000 timesteps"):
+        calibrate(unet, scheduler, images, n=2, target_steps=steps)
+    with pytest.raises(UserError, match="is empty or outside the 1000 timesteps"):
+        next(noised_batches(unet, scheduler, images, n=2, target=steps))
+
+
 def test_images_must_fit(unet: nn.Module, scheduler: DDPMScheduler, images: Tensor) -> None:
     with pytest.raises(UserError, match=r"the network needs \(3, 8, 8\)"):
         calibrate(unet, scheduler, images[:, :4], n=2)

@@ -90,7 +90,7 @@ def calibrate(
         n: number of noised images.
         mode: "random": images noised to timesteps that cover the target evenly; "trajectory": states of the model's own
             DDIM trajectory started from noise, at the steps inside the target.
-        target_steps: see :func:`wanda_fast.stats.parse_target_steps`, or [low, high).
+        target_steps: see :func:`wanda_fast.stats.parse_target_steps`.
         dtype: bfloat16 or float16 runs the network under autocast. Sums are float32 always.
         backend: of ``ops.channel_sq_norm``.
         rows: "sample", "bin", or "auto": samples while all tables together take at most `table_bytes` (256 MiB).
@@ -122,7 +122,7 @@ def calibrate(
     check_network(unet, scheduler)
     device, dtype = place(unet, device, dtype)
     total = int(scheduler.config.num_train_timesteps)
-    target = parse_target_steps(target_steps, total) if isinstance(target_steps, str) else target_steps
+    target = parse_target_steps(target_steps, total)
     first, last = part or (0, n)
     if not 0 <= first < last <= n:
         raise UserError(f"samples {first} to {last} are no part of the {n} calibration images.")
@@ -518,7 +518,7 @@ def noised_batches(
         raise UserError(f"timesteps mode {mode!r} is not one of {', '.join(MODES)}.")
     if n < 1 or batch_size < 1:
         raise UserError(f"the number of calibration images ({n}) and the batch size ({batch_size}) must be at least 1.")
-    low, high = target or (0, int(scheduler.config.num_train_timesteps))
+    low, high = parse_target_steps(target or "all", int(scheduler.config.num_train_timesteps))
     first, last = part or (0, n)
     device, dtype = place(unet, device, dtype)
     if inputs.is_conditioned(unet):

@@ -193,11 +193,7 @@ class ActivationStats:
         return rows, group, len(present)
 
     def _target(self, target_steps: str | tuple[int, int]) -> tuple[int, int]:
-        return (
-            parse_target_steps(target_steps, self.num_train_timesteps)
-            if isinstance(target_steps, str)
-            else target_steps
-        )
+        return parse_target_steps(target_steps, self.num_train_timesteps)
 
     def act_norm(
         self,
@@ -448,8 +444,9 @@ class ActivationStats:
             raise UserError(f"{path}: damaged activation statistics ({type(error).__name__}: {error}).") from error
 
 
-def parse_target_steps(text: str, num_train_timesteps: int) -> tuple[int, int]:
-    """Range [low, high) of timesteps: ``all``; ``early`` (t ≥ 0.7 T, the noisiest); ``late`` (t < 0.3 T); ``middle``; ``a-b``.
+def parse_target_steps(text: str | tuple[int, int], num_train_timesteps: int) -> tuple[int, int]:
+    """Range [low, high) of timesteps: ``all``; ``early`` (t ≥ 0.7 T, the noisiest); ``late`` (t < 0.3 T); ``middle``; ``a-b``; or
+    the pair itself.
 
     Raises:
         UserError: malformed, empty, or outside [0, T].
@@ -457,12 +454,15 @@ def parse_target_steps(text: str, num_train_timesteps: int) -> tuple[int, int]:
     total = num_train_timesteps
     first, last = -(-3 * total // 10), -(-7 * total // 10)  # smallest integers ≥ 0.3 T and ≥ 0.7 T
     named = {"all": (0, total), "early": (last, total), "late": (0, first), "middle": (first, last)}
-    match = re.fullmatch(r"(\d+)-(\d+)", text.strip())
-    if match is None and text not in named:
-        raise UserError(
-            f"timestep range {text!r}: expected {', '.join(TARGET_STEPS)} or a-b with 0 <= a < b <= {total}."
-        )
-    low, high = named[text] if match is None else (int(match[1]), int(match[2]))
+    if isinstance(text, str):
+        match = re.fullmatch(r"(\d+)-(\d+)", text.strip())
+        if match is None and text not in named:
+            raise UserError(
+                f"timestep range {text!r}: expected {', '.join(TARGET_STEPS)} or a-b with 0 <= a < b <= {total}."
+            )
+        low, high = named[text] if match is None else (int(match[1]), int(match[2]))
+    else:
+        low, high = text
     if not 0 <= low < high <= total:
         raise UserError(f"timestep range {text!r}: [{low}, {high}) is empty or outside the {total} timesteps.")
     return low, high
