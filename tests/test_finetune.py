@@ -230,6 +230,20 @@ def test_free_layout_and_bfloat16(made, tmp_path):
     assert (tmp_path / "out" / "pruning.json").read_bytes() == (made / "free" / "pruning.json").read_bytes()
 
 
+def test_from_scratch_draws_every_weight_of_the_free_layout(made):
+    """Layers that are cut to their widths hold whatever lay in memory before; the fixture fills that with NaN."""
+    one, other = (finetune._fresh(made / "free", seed)[0].state_dict() for seed in (0, 0))
+    assert all(torch.isfinite(value).all() and torch.equal(value, other[name]) for name, value in one.items())
+    assert not torch.equal(one["conv_in.weight"], finetune._fresh(made / "free", 1)[0].state_dict()["conv_in.weight"])
+    assert one["conv_in.weight"].shape == weights(made / "free")["conv_in.weight"].shape
+
+
+def test_a_finished_training_has_nothing_to_go_on_with(made, tmp_path):
+    train(made, tmp_path / "out")
+    with pytest.raises(UserError, match="this training is finished"):
+        train(made, tmp_path / "out", resume=True)
+
+
 def test_from_scratch_needs_a_configuration_alone(made, tmp_path):
     shutil.copytree(made / "dense", tmp_path / "bare")
     (tmp_path / "bare" / checkpoint.WEIGHTS).unlink()

@@ -215,6 +215,8 @@ def finetune(
         _need("tensorboard")
     if resume and overwrite:
         raise UserError("resume goes on with an earlier training, overwrite throws it away; give one of them")
+    if resume and (Path(save_path).expanduser() / "finetune.json").is_file():
+        raise UserError(f"{save_path}: this training is finished, there is nothing to go on with; another one needs another folder")
     target = checkpoint.check_target(save_path, overwrite)
     work = target.with_name(target.name + ".train")
     if work.exists() and not work.is_dir():
@@ -329,7 +331,7 @@ class _Training:
         self.log(f"model: {self.name}{' (architecture alone)' if o.from_scratch else ''}"
                  + (f"; teacher: {teacher.name}" if teacher else "") + f"; device: {self.device}, {self.precision}")  # fmt: skip
         drawn = teacher if teacher is not None else None
-        bundled = o.teacher == "bundled" if o.teacher is not None else model is None
+        bundled = o.teacher == "bundled" if o.teacher is not None else model in (None, "bundled")
         images = data.load_images(
             o.dataset,
             n=o.num_images or (1024 if o.dataset == "self" else 2**40),
@@ -800,6 +802,7 @@ def _fresh(model: str | Path | None, seed: int) -> tuple[Any, Any, str, Path]:
     """A network with the architecture of a folder (config.json is enough) and fresh weights."""
     from diffusers import UNet2DModel
 
+    from .importance import draw_anew
     from .pruned_unet import PrunedUNet2DModel
 
     folder, _, name = checkpoint._locate(model)
@@ -814,6 +817,8 @@ def _fresh(model: str | Path | None, seed: int) -> tuple[Any, Any, str, Path]:
         torch.manual_seed(seed)
         try:
             unet = (UNet2DModel if kind == base else PrunedUNet2DModel)(**config)
+            if kind != base:  # layers that are cut to their widths hold no values
+                draw_anew(unet, seed)
         except Exception as error:  # any constructor error means that this config describes no network
             raise UserError(f"{unet_dir / 'config.json'}: {checkpoint._no_network(kind, error)}") from error
     return unet, checkpoint._load_scheduler(scheduler_file), name, folder
