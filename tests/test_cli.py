@@ -14,7 +14,7 @@ import pytest
 from runs import FAST, ROOT, cli, flags, script, tree
 from runs import one_thread as one_thread
 
-from wanda_fast import importance, latency, ops, plan, pruning, stats
+from wanda_fast import checkpoint, importance, latency, ops, plan, pruning, stats
 from wanda_fast.cli import COMMANDS, main, overview
 from wanda_fast.cli import prune as command
 from wanda_fast.cli.parser import Parser
@@ -111,6 +111,66 @@ def test_a_value_keeps_its_dashes():
 def test_flags_are_not_abbreviated(capsys):
     assert cli("--num_sample", "3") == 2
     assert "--num_sample" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["prune --out=", "prune --model ''", "sample --grid ''", "evaluate ''", "compare bundled ''"])
+def test_an_empty_value_is_refused(line, capsys, tmp_path, monkeypatch):
+    """As from a shell variable that is not set: a path would mean the current folder."""
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(line)) == 2
+    error = capsys.readouterr().err
+    assert "is empty" in error and error.count("\n") == 1 and tree(tmp_path) == []
+
+
+def test_an_error_names_the_long_flag(capsys):
+    assert main(["sample", "-n", "0"]) == 2
+    assert capsys.readouterr().err.startswith("wanda-fast: error: --num_samples: must be")
+
+
+IDLE = {
+    "fid a b.npz --overwrite": "--overwrite is for the file of --save-stats",
+    "fid a b.npz --data_dir .": "--data_dir is where cifar10 lies",
+    "evaluate --overwrite": "--overwrite is for --save_path",
+    "evaluate --features efficientnet-lite0": "--features measure images",
+    "evaluate --real a --data_dir .": "--data_dir is where cifar10 lies",
+    "prune --data_dir .": "is where cifar10 lies, and the dataset is self",
+    "analyze --data_dir .": "is where cifar10 lies",
+    "finetune --data_dir .": "is where cifar10 lies",
+    "sample --overwrite": "--overwrite is for --grid",
+}
+
+
+@pytest.mark.parametrize("line", IDLE)
+def test_a_flag_without_effect_is_refused(line, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint, "load_pipeline", lambda *a, **k: pytest.fail("the model was opened"))
+    assert main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert IDLE[line] in error and error.count("\n") == 1 and tree(tmp_path) == []
+
+
+FILES = ["sample --grid", "fid --save-stats images", "compare bundled bundled --save_path", "prune --save_analysis"]
+
+
+@pytest.mark.parametrize("line", FILES)
+def test_a_file_that_cannot_be_written_is_found_before_any_work(line, capsys, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(checkpoint, "load_pipeline", lambda *a, **k: pytest.fail("the model was opened"))
+    end = {"sample": ".png", "fid": ".npz", "compare": ".html", "prune": ".png"}[line.split()[0]]
+    assert main([*line.split(), str(tmp_path / "file" / f"a{end}")]) == 2
+    assert "is not a folder" in capsys.readouterr().err
+    (tmp_path / f"a{end}").write_text("mine")
+    assert main([*line.split(), str(tmp_path / f"a{end}")]) == 2
+    assert "--overwrite" in capsys.readouterr().err and (tmp_path / f"a{end}").read_text() == "mine"
+
+
+def test_bundled_is_a_name_of_the_bundled_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.load_pipeline("bundled").source == "bundled"
+    assert command.default_folder(parse("--model bundled")) == command.default_folder(parse(""))
+    (tmp_path / "bundled").mkdir()
+    with pytest.raises(UserError, match="no UNet2DModel to open"):
+        checkpoint.load_pipeline("bundled")
 
 
 def test_one_way_to_say_how_much(capsys):

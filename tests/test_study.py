@@ -16,7 +16,8 @@ from runs import one_thread as one_thread
 import wanda_fast
 from wanda_fast import study
 from wanda_fast.calibrate import collect_layers
-from wanda_fast.cli import main
+from wanda_fast.cli import analyze, main
+from wanda_fast.cli.parser import Parser
 from wanda_fast.errors import UserError
 from wanda_fast.stats import ActivationStats
 
@@ -159,9 +160,13 @@ def test_the_command_writes_figures_tables_and_statistics(tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     out = tmp_path / "out"
     assert sorted(p.name for p in out.iterdir()) == [
-        "activation_stats.safetensors", "activations.png", "analysis.json", "layers.csv", "removed.png", "slots.csv",
+        "activation_stats.safetensors", "activations.png", "analysis.json", "config.yaml", "layers.csv", "removed.png", "slots.csv",
         "stability.csv", "stability.png", "timesteps.csv", "timesteps.png",
     ]  # fmt: skip
+    made = Parser("wanda-fast analyze", analyze.EXAMPLES)
+    analyze.add_arguments(made)
+    again = made.parse_args(["--config", str(out / "config.yaml"), "--save_path", str(out), "--json", "--quiet"])
+    assert again == made.parse_args([str(w) for w in words[1:]])
     report = json.loads((out / "analysis.json").read_text())
     assert printed.pop("path") == str(out) and printed == report and str(tmp_path) not in json.dumps(report)
     assert report["samples"] == 10 and report["images"] == 3

@@ -107,7 +107,7 @@ def load_pipeline(
     device: torch.device | str = "cpu",
     conditioned: bool = False,
 ) -> Loaded:
-    """Open a model: None for the bundled one, a folder, or a hub id such as ``google/ddpm-cifar10-32``.
+    """Open a model: None or "bundled" for the bundled one, a folder, or a hub id such as ``google/ddpm-cifar10-32``.
 
     Args:
         conditioned: whether a text-to-image or transformer network will do, which works on latents and reads conditioning.
@@ -208,6 +208,8 @@ def _locate(model: str | os.PathLike[str] | None) -> tuple[Path, str, str]:
         return BUNDLED_MODEL, "bundled", BUNDLED_NAME
     text = os.fspath(model)
     path = Path(text).expanduser()
+    if text == "bundled" and not path.exists():
+        return BUNDLED_MODEL, "bundled", BUNDLED_NAME
     if path.is_dir():
         resolved = path.resolve()
         return path, "folder", (resolved.parent.name if resolved.name in PARTS else resolved.name) or "model"
@@ -702,6 +704,29 @@ def check_target(target: str | os.PathLike[str], overwrite: bool = False, *, nee
     return path
 
 
+def check_file(target: str | os.PathLike[str], overwrite: bool = False) -> Path:
+    """Refuse, before any work, a file that could not be written at the end. Leaves nothing on disk.
+
+    Raises:
+        UserError: a folder is in the way, the file exists and `overwrite` is off, or the place cannot be written to.
+    """
+    path = Path(target).expanduser()
+    if path.is_dir():
+        raise UserError(f"{target}: is a folder, not a file")
+    if path.exists() and not overwrite:
+        raise UserError(f"{target}: exists already; choose another place or allow overwriting (--overwrite)")
+    place = path.parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"{target}: {place} is not a folder")
+    try:  # as for folders: write, since os.access says yes to root
+        tempfile.TemporaryFile(prefix=_prefix(path), suffix=".partial", dir=place).close()
+    except OSError as error:
+        raise UserError(f"{target}: cannot write into {place} ({error.strerror})") from None
+    return path
+
+
 @contextlib.contextmanager
 def atomic_folder(
     target: str | os.PathLike[str], overwrite: bool = False, *, need_bytes: int = 0, instead: Callable[[Path], None] | None = None
@@ -760,11 +785,7 @@ def atomic_file(target: str | os.PathLike[str], overwrite: bool = True) -> Itera
     Raises:
         UserError: a folder is in the way, the file exists and `overwrite` is off, or the place cannot be written to.
     """
-    path = Path(target).expanduser()
-    if path.is_dir():
-        raise UserError(f"{target}: is a folder, not a file.")
-    if path.exists() and not overwrite:
-        raise UserError(f"{target}: exists already; choose another place or allow overwriting (--overwrite).")
+    path = check_file(target, overwrite)
     made: list[Path] = []
     temp = path.with_name(f".{path.stem}.wanda_fast-{os.getpid()}{path.suffix}")
     try:

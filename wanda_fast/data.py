@@ -110,6 +110,9 @@ def check_source(spec: str, *, data_dir: str | os.PathLike[str] | None = None) -
     Raises:
         UserError: see :func:`load_images`.
     """
+    if spec != "cifar10" and data_dir is not None:
+        raise UserError(f"a data folder (--data_dir) is where cifar10 lies, and the dataset is {spec}; a folder of images is given as the "
+                        "dataset itself.")  # fmt: skip
     if spec == "self":
         return
     if spec == "cifar10":

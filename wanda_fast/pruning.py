@@ -433,7 +433,7 @@ class _Run:
             if model is None or isinstance(model, (str, Path)):
                 loaded = checkpoint.load_pipeline(model, dtype=torch.float32, device=self.device, conditioned=True)
                 self.unet, self.scheduler, self.name = loaded.unet, loaded.scheduler, loaded.name
-                self.bundled, self.source = model is None, loaded.source
+                self.bundled, self.source = loaded.source == "bundled", loaded.source
                 self.hub_id = str(model) if loaded.source == "hub" else None
                 self.source_card = model_card.of_source(loaded.path, loaded.source)
                 self.saved_dtype = checkpoint.stored_dtype(loaded.path)

@@ -55,7 +55,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace, out: Terminal) -> int:
     """Study as asked, write the folder, print the verdict."""
-    from wanda_fast import checkpoint, data, study, study_figures
+    from wanda_fast import checkpoint, data, run_config, study, study_figures
     from wanda_fast.errors import UserError
     from wanda_fast.pruning import _DTYPE_NAMES, DTYPES, check_device
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace, out: Terminal) -> int:
     dtype = DTYPES[_DTYPE_NAMES[args.dtype or "fp32"]]
     images = data.load_images(
         args.dataset, n=min(args.num_samples, 512) if args.dataset == "self" else args.num_samples, unet=loaded.unet,
-        scheduler=loaded.scheduler, bundled=args.model is None, data_dir=args.data_dir, seed=args.seed,
+        scheduler=loaded.scheduler, bundled=loaded.source == "bundled", data_dir=args.data_dir, seed=args.seed,
         batch_size=args.batch_size, device=device, dtype=dtype, progress=out.progress,
     )  # fmt: skip
     name = "the model's own samples" if args.dataset == "self" else Path(args.dataset).name
@@ -94,6 +94,7 @@ def run(args: argparse.Namespace, out: Terminal) -> int:
             (folder / file).write_text(text, encoding="utf-8")
         study_figures.save_figures(report, folder)
         stats.save(folder / "activation_stats.safetensors")
+        run_config.write(folder, "analyze", vars(args))
         files = sorted(p.name for p in folder.iterdir())
     out.json({**report, "path": str(target)})
     out.result(summary(report) + f"\n\nwritten to {target}: {', '.join(files)}")

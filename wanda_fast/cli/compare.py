@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,7 +59,7 @@ def run(args: argparse.Namespace, out: Terminal) -> int:
         raise UserError(f"{page}: the page's name must end in .html")
     picture = page.with_suffix(".png")
     for file in (page, picture):
-        _check_file(file, args.overwrite)
+        checkpoint.check_file(file, args.overwrite)
     report, images = compare.compare(
         args.models, n=args.num_samples, steps=args.num_inference_steps, noise_images=args.noise_images, seed=args.seed,
         batch_size=args.batch_size, device=args.device, dtype=DTYPES[_DTYPE_NAMES[args.dtype or "fp32"]],
@@ -85,19 +84,3 @@ def _default_page(models: Sequence[str]) -> Path:
         names.append(path.parent.name if path.name == "unet" else path.name)
     name = re.sub(r"[^\w.+-]", "_", "-".join(names))[:150]
     return Path("run") / f"compare-{name}.html"
-
-
-def _check_file(file: Path, overwrite: bool) -> None:
-    """Refuse, before any work, a file that could not be written at the end."""
-    file = file.expanduser()
-    if file.is_dir():
-        raise UserError(f"{file}: is a folder, not a file")
-    if file.exists() and not overwrite:
-        raise UserError(f"{file}: exists already; choose another place or allow overwriting (--overwrite)")
-    place = file.parent
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        raise UserError(f"{file}: {place} is not a folder")
-    if not os.access(place, os.W_OK):
-        raise UserError(f"{file}: cannot write into {place}")

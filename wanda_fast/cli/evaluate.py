@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from wanda_fast.cli.parser import Parser, whole
@@ -60,12 +59,17 @@ def run(args: argparse.Namespace, out: Terminal) -> int:
     """Measure as asked, print the table."""
     if args.model is not None and args.model_path is not None:
         raise UserError("give the model once, as the argument or with --model_path")
-    from wanda_fast.checkpoint import BUNDLED_MODEL
+    if args.overwrite and args.save_path is None:
+        raise UserError("--overwrite is for --save_path; without it nothing is written")
+    if args.features is not None and (args.num_samples == 0 or (args.real is None and args.reference is None)):
+        raise UserError("--features measure images: give --real or --reference, and --num_samples above 0")
+    if args.data_dir is not None and args.real != "cifar10":
+        raise UserError("--data_dir is where cifar10 lies, for --real cifar10")
     from wanda_fast.evaluation import evaluate
 
     result = evaluate(
         args.model if args.model is not None else args.model_path,
-        BUNDLED_MODEL if args.reference == "bundled" and not Path("bundled").exists() else args.reference,
+        args.reference,
         real=args.real,
         features=args.features,
         n=args.num_samples,
@@ -85,7 +89,7 @@ def run(args: argparse.Namespace, out: Terminal) -> int:
     out.json(result)
     out.result(report(result))
     if args.save_path is not None:
-        out.result(f"written to {args.save_path}")
+        out.result(f"written to {result['path']}")
     return 0
 
 

@@ -49,6 +49,10 @@ def run(args: argparse.Namespace, out: Terminal) -> int:
         raise UserError("give either --save-stats IMAGES OUT.npz, or SAMPLES STATS.npz")
     if args.paths and len(args.paths) != 2:
         raise UserError(f"two places are needed, SAMPLES and STATS.npz; got {len(args.paths)}")
+    if args.paths and args.overwrite:
+        raise UserError("--overwrite is for the file of --save-stats; a comparison writes nothing")
+    if args.data_dir is not None and "cifar10" not in (args.paths or args.save_stats):
+        raise UserError("--data_dir is where cifar10 lies; no images of that name are asked for")
     from wanda_fast.pruning import check_device
 
     device = check_device(args.device)
@@ -56,14 +60,13 @@ def run(args: argparse.Namespace, out: Terminal) -> int:
 
 
 def _save(args: argparse.Namespace, out: Terminal, device: Any) -> int:
+    from wanda_fast.checkpoint import check_file
     from wanda_fast.features import count_images, describe, feature_stats, get_features
 
     images, target = args.save_stats
-    path = Path(target).expanduser()
-    if path.suffix != ".npz":
+    if Path(target).suffix != ".npz":
         raise UserError(f"{target}: the statistics file must end in .npz")
-    if path.is_dir() or (path.exists() and not args.overwrite):
-        raise UserError(f"{target}: exists already; choose another place or allow overwriting (--overwrite)")
+    path = check_file(target, args.overwrite)
     count_images(images, n=args.num_images, data_dir=args.data_dir)
     extractor = get_features(args.features or "inception", device)
     stats = feature_stats(extractor, images, batch_size=args.batch_size, n=args.num_images, data_dir=args.data_dir,
@@ -94,6 +97,10 @@ def _compare(args: argparse.Namespace, out: Terminal, device: Any) -> int:
         count_images(real, n=args.num_images, data_dir=args.data_dir)
     if Path(samples).suffix == ".npz" and Path(samples).is_file():
         drawn = FeatureStats.load(samples)
+        if known is not None:
+            for name in ("features", "num_images"):
+                if getattr(args, name) is not None:
+                    raise UserError(f"--{name} is for images; {samples} and {real} are statistics already")
         known = known or _stats(args, out, real, str(drawn.protocol.get("features")), device)
     else:
         count_images(samples, n=args.num_images, data_dir=args.data_dir)

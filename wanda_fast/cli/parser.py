@@ -65,6 +65,10 @@ class Parser(argparse.ArgumentParser):
             namespace = self._with_file(words, namespace or argparse.Namespace())
         else:
             namespace = super().parse_args(words, namespace)
+        for action in self._actions:  # as from a shell variable that is not set; a path would mean the current folder
+            values = getattr(namespace, action.dest, None)
+            if "" in (values if isinstance(values, list) else [values]):
+                self.error(f"argument {'/'.join(action.option_strings) or action.metavar}: is empty")
         del namespace.config  # has done its work; commands hand the rest to functions
         return namespace
 
@@ -121,14 +125,14 @@ class Parser(argparse.ArgumentParser):
         return known + equals + value if known in self._option_string_actions else word
 
     def error(self, message: str) -> NoReturn:
-        text = re.sub(r"^argument (--\w+)(/--\w+)*:", r"\1:", one_line(message))
+        text = re.sub(r"^argument (--\w+)(/--?\w+)*:", r"\1:", one_line(message))
         sys.stderr.write(f"{self.prog.split()[0]}: error: {text} (see {self.prog} --help)\n")
         raise SystemExit(2)
 
 
 def model_name(model: str | None) -> str:
     """What the results of a model are named after: its folder (not `unet` inside it) or the last part of its hub id."""
-    if model is None:
+    if model is None or (model == "bundled" and not Path(model).exists()):
         return "ddpm-cifar10-small"
     path = Path(model).expanduser().resolve()
     return (path.parent.name if path.name == "unet" else path.name) or "model"

@@ -240,18 +240,12 @@ def default_folder(args: argparse.Namespace) -> Path:
 
 def _analysis_target(text: str, overwrite: bool) -> Path:
     """Refuse, before any work, a place where the analysis could not be written."""
+    from wanda_fast.checkpoint import check_file
+
     path = Path(text).expanduser()
     single = path.suffix.lower() in (".png", ".json")
     for file in [path] if single else [path / "wanda_analysis.png", path / "wanda_analysis.json"]:
-        if file.is_dir() or (file.exists() and not overwrite):
-            raise UserError(f"{file}: exists already; choose another place or allow overwriting (--overwrite)")
-    place = path.parent if single else path
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        raise UserError(f"{text}: {place} is not a folder")
-    if not os.access(place, os.W_OK):
-        raise UserError(f"{text}: cannot write into {place}")
+        check_file(file, overwrite)
     return path
 
 

@@ -65,9 +65,7 @@ def run(args: argparse.Namespace, out: Terminal) -> int:
     device = check_device(args.device)
     name = _DTYPE_NAMES[args.dtype or "fp32"]
     dtype = DTYPES[name]
-    grid = None if args.grid is None else Path(args.grid).expanduser()
-    if grid is not None and grid.exists() and not args.overwrite:
-        raise UserError(f"{args.grid}: exists already; choose another name or allow overwriting (--overwrite)")
+    grid = None if args.grid is None else checkpoint.check_file(args.grid, args.overwrite)
     loaded = checkpoint.load_pipeline(args.model, dtype=torch.float32, device=device)
     for note in loaded.notes:
         out.note(note)
@@ -149,5 +147,6 @@ def _report(args: argparse.Namespace, out: Terminal, result: Any, target: Path, 
         out.result(f"all {args.num_samples} images were there: {target}")
         return
     steady = f" ({result.steady:.3g} after the first batch)" if result.steady else ""
-    out.result(f"{result.drawn} images in {seconds(result.seconds)}: {rate:.3g} images per second{steady}, {device}, {dtype}\n"
+    images = f"{result.drawn} image{'s' * (result.drawn != 1)}"
+    out.result(f"{images} in {seconds(result.seconds)}: {rate:.3g} images per second{steady}, {device}, {dtype}\n"
                f"written to {target}")  # fmt: skip
