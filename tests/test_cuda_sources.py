@@ -190,6 +190,21 @@ def test_tables_of_every_capacity(emulated: Any, count: int) -> None:
     assert all(torch.equal(r, t[keep].bfloat16()) for r, t in zip(results, tensors, strict=True))
 
 
+def test_rows_beyond_2_to_the_31(emulated: Any, tmp_path: Path) -> None:
+    """Rows so far apart, in a sparse file, that 32-bit offsets would wrap."""
+    far = 2**31 + 8
+    with open(tmp_path / "sparse.bin", "wb") as file:
+        file.truncate((2 * far + 4) * 2)
+    storage = torch.from_file(str(tmp_path / "sparse.bin"), shared=True, size=2 * far + 4, dtype=torch.float16)
+    t, values = torch.as_strided(storage, (3, 4), (far, 1)), torch.randn(3, 4).half()
+    t.copy_(values)
+    rows, columns = torch.tensor([2, 0]), torch.tensor([3, 1])
+    for operation in (emulated.compact, torch.ops.wanda_fast.compact.default):
+        for dtype in (None, torch.float32):
+            wanted = values[rows][:, columns].to(dtype or torch.float16)
+            assert torch.equal(operation([t], [rows], [columns], dtype)[0], wanted)
+
+
 @pytest.mark.parametrize("bad", [-1, 6])
 def test_index_outside_stops_the_kernel(emulated: Any, bad: int) -> None:
     index = torch.tensor([0, bad])

@@ -132,22 +132,35 @@ def sparse(elements: int, folder: Path, dtype: torch.dtype) -> Tensor:
     return torch.from_file(str(path), shared=True, size=elements, dtype=dtype)
 
 
+def far_apart(dim: str, folder: Path) -> tuple[Tensor, Tensor]:
+    """[2, 2, 3, 3] with one stride of more than 2^31 elements, as in a slice of a very large tensor, and the same values side by side."""
+    strides = {"n": 18, "c": 9, "h": 3, "w": 1}
+    strides[dim] = 2**31 + 8
+    shape = (2, 2, 3, 3)
+    length = sum((size - 1) * stride for size, stride in zip(shape, strides.values(), strict=True)) + 1
+    x = torch.as_strided(sparse(length, folder, torch.float16), shape, tuple(strides.values()))
+    values = torch.randn(shape).half()
+    x.copy_(values)
+    return x, values
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="needs CPU memory that is mapped but not allocated")
 @pytest.mark.parametrize("dim", ["n", "c", "h", "w"])
 def test_offsets_beyond_2_to_the_31(dim: str, tmp_path: Path) -> None:
-    """One stride of more than 2^31 elements, as in a slice of a very large tensor: 32-bit offsets would wrap."""
-    far = 2**31 + 8
-    strides = {"n": 18, "c": 9, "h": 3, "w": 1}
-    strides[dim] = far
-    shape = (2, 2, 3, 3)
-    length = sum((size - 1) * stride for size, stride in zip(shape, strides.values(), strict=True)) + 1
-    x = torch.as_strided(sparse(length, tmp_path, torch.float16), shape, tuple(strides.values()))
-    values = torch.randn(shape).half()
-    x.copy_(values)
+    """32-bit offsets would wrap."""
+    x, values = far_apart(dim, tmp_path)
     rows = torch.tensor([1, 0])
     out = torch.zeros(2, 2)
     sq_kernel.channel_sq_norm(x, rows, out)
     torch.testing.assert_close(out.double(), truth_of(values, rows, torch.zeros(2, 2)), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="needs CPU memory that is mapped but not allocated")
+@pytest.mark.parametrize("dim", ["n", "c", "h", "w"])
+def test_packed_offsets_beyond_2_to_the_31(dim: str, tmp_path: Path) -> None:
+    x, values = far_apart(dim, tmp_path)
+    largest = gram_kernel.largest_of(values)
+    assert torch.equal(gram_kernel.pack(x, largest, 1, 1), gram_kernel.pack(values, largest, 1, 1))
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="needs CPU memory that is mapped but not allocated")
