@@ -77,7 +77,7 @@ class Parser(argparse.ArgumentParser):
         from wanda_fast.cli import config
 
         missing = object()
-        actions = [a for a in self._actions if a.dest != argparse.SUPPRESS]
+        actions = [a for a in self._actions if argparse.SUPPRESS not in (a.dest, a.default)]
         required = [a for a in actions if a.required]
         for action in actions:
             setattr(namespace, action.dest, missing)
