@@ -28,7 +28,7 @@ from test_features import Colours, folder_of, pictures
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from wanda_fast import checkpoint, cli, features  # noqa: E402
+from wanda_fast import checkpoint, cli, features, importance, model_card  # noqa: E402
 from wanda_fast.cli import prune as command  # noqa: E402
 from wanda_fast.cli.parser import Parser  # noqa: E402
 
@@ -337,6 +337,13 @@ def test_answers_of_the_guide_are_those_of_the_ratios():
         _, _, _, _, ssim, _, error, calibrate, plan, repair = rows[f"0.3 {option}"][:10]
         wanted = [repair if repair == "-" else f"{repair} GiB", f"{plan} GiB", f"{calibrate} GiB", ssim.replace("-", "not drawn"), error]
         assert cells.split(" | ") == wanted, option
+
+
+def test_guide_and_model_cards_name_every_criterion():
+    section = GUIDE.split("## Choosing a criterion")[1].split("\n## ")[0]
+    listed = set(re.findall(r"^\| `(\w[\w-]*)` \|", section, re.MULTILINE))
+    built_in = {name for name, criterion in importance.CRITERIA.items() if criterion.__module__.startswith("wanda_fast.")}
+    assert listed == set(model_card._METHODS) == built_in
 
 
 def test_pictures_are_small():

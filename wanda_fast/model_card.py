@@ -14,8 +14,13 @@ from typing import Any
 _CARD_BYTES = 1 << 20  # a longer file is no model card
 _METHODS = {
     "wanda-diff": "S = |W| * ||X||_2 with activation norms over diffusion timesteps",
+    "wanda-fluctuation": "S = |W| * ||X - mean X||_2 with activation norms over diffusion timesteps",
+    "lstsq-residual": "what a least-squares fit on the other channels cannot restore of them",
+    "taylor": "the first-order change of the noise-prediction loss, summed over diffusion timesteps",
+    "diff-pruning": "the first-order change of the noise-prediction loss, summed over the clean diffusion timesteps",
     "magnitude": "the sum of |W|",
     "random": "chance",
+    "reinit": "S = |W| * ||X||_2 with activation norms over diffusion timesteps, and then all weights were drawn anew",
 }
 _REPAIRS = {
     "lstsq": "The layers that remain were refitted to the dense network's outputs by least squares; nothing was trained.",
