@@ -131,7 +131,9 @@ print(ops.get_backend(), ops._select("wanda_score", None, "cpu")[0], ops.describ
     text = python(code, WANDA_FAST_BACKEND="reference")
     assert text.startswith("reference reference") and "chosen: reference" in text
     bad = "from wanda_fast import ops\ntry: ops.get_backend()\nexcept ValueError as e: print(e)"
-    assert "backend: 'fast' is not one of auto, reference" in python(bad, WANDA_FAST_BACKEND="fast")
+    assert "WANDA_FAST_BACKEND: 'fast' is not one of auto, reference" in python(bad, WANDA_FAST_BACKEND="fast")
+    missing = "from wanda_fast import ops\ntry: ops.get_backend()\nexcept RuntimeError as e: print(e)"
+    assert "WANDA_FAST_BACKEND: backend 'cpu' is not available: the compiled" in python(missing, WANDA_FAST_BACKEND="cpu", **WITHOUT)
 
 
 def test_set_backend(restore_backend: None) -> None:

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from wanda_fast import conv_gram as conv_gram_module
 from wanda_fast import reference
+from wanda_fast.errors import UserError
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 PLAIN = (Tensor, torch.nn.Parameter)  # no subclass that stands for something else, such as a fake tensor
@@ -265,17 +266,30 @@ _selected: dict[tuple[str, str | None, str], tuple[str, Callable[..., Any]]] = {
 _logged: set[str] = set()
 
 
-def _check_backend_name(name: str) -> str:
+def _check_backend_name(name: str, what: str = "backend") -> str:
     if name not in BACKENDS:
-        raise ValueError(f"backend: {name!r} is not one of {', '.join(BACKENDS)}")
+        raise UserError(f"{what}: {name!r} is not one of {', '.join(BACKENDS)}")
     return name
 
 
+def _check_available(name: str, what: str = "") -> None:
+    reason = "" if name == "auto" else available_backends()[name]
+    if reason:
+        raise RuntimeError(f"{what}backend {name!r} is not available: {reason}")
+
+
 def get_backend() -> str:
-    """Backend used where a call names none: the last `set_backend`, else WANDA_FAST_BACKEND, else "auto"."""
+    """Backend used where a call names none: the last `set_backend`, else WANDA_FAST_BACKEND, else "auto".
+
+    Raises:
+        ValueError: the environment variable names no backend.
+        RuntimeError: it names one that cannot be used on this machine; the text says why.
+    """
     global _current
     if _current is None:
-        _current = _check_backend_name(os.environ.get("WANDA_FAST_BACKEND") or "auto")
+        name = _check_backend_name(os.environ.get("WANDA_FAST_BACKEND") or "auto", "WANDA_FAST_BACKEND")
+        _check_available(name, "WANDA_FAST_BACKEND: ")
+        _current = name
     return _current
 
 
@@ -288,9 +302,7 @@ def set_backend(name: str) -> None:
     """
     global _current
     _check_backend_name(name)
-    reason = "" if name == "auto" else available_backends()[name]
-    if reason:
-        raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    _check_available(name)
     _current = name
     _selected.clear()
 
@@ -464,7 +476,8 @@ def channel_sq_norm(x: Tensor, rows: Tensor, out: Tensor, *, backend: str | None
         raise ValueError(f"rows: must be int64 of shape [{x.shape[0]}], one entry per sample of x, not {_shape(rows)}")
     channels = x.shape[1] if dim == 4 else x.shape[-1]
     if out.dim() != 2 or out.shape[1] != channels or out.dtype != torch.float32 or not out.is_contiguous():
-        raise ValueError(f"out: must be contiguous float32 of shape [R, {channels}], x's channels, not {_shape(out)}")
+        strides = "" if out.is_contiguous() else f" and strides {list(out.stride())}"
+        raise ValueError(f"out: must be contiguous float32 of shape [R, {channels}], x's channels, not {_shape(out)}{strides}")
     device = x.device
     if rows.device != device or out.device != device:
         _check_device(rows, "rows", x, "x")
