@@ -130,9 +130,7 @@ def _case(
             "published": published.compact,
             **{b: functools.partial(_ours, b) for b in (("cuda",) if on_gpu else ("cpu",))},
         },
-        compile_of=_truth
-        if len(weights) == 1
-        else None,  # 65 tensors take torch.compile minutes; the single weight has the row
+        compile_of=_truth if len(weights) == 1 else None,  # 65 tensors take torch.compile minutes; the single weight has the row
         exact=True,
         basis=basis,
         unchecked=frozenset({"published"}),

@@ -67,6 +67,14 @@ def test_where_plain_pytorch_overflows_nothing_is_timed() -> None:
     assert all("wrong result" in row["error"] and "ms" not in row for row in rows.values())
 
 
+@pytest.mark.parametrize("rounding,right", [(0.0, False), (1e-2, True)])
+def test_rounding_that_a_number_format_explains_is_accepted(rounding: float, right: bool) -> None:
+    case = tiny_case(candidates={"reference": lambda x: x * 2, "published": lambda x: x * 2.001}, rounding={"published": rounding})
+    assert ("ms" in run_tiny(case)["published"]) is right
+    inputs = case.make(torch.Generator().manual_seed(0))
+    assert harness.check(case, "published", case.candidates["published"], inputs, 0.0)[0] is right
+
+
 def test_memory_of_a_cpu_run_is_not_measured() -> None:
     assert all(row["peak_mib"] is None for row in run_tiny(tiny_case()).values())
 
