@@ -46,7 +46,7 @@ def _make(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
     return x, y, kernel
 
 
-def _geometry(kernel: int) -> tuple[tuple[int, int], ...]:
+def _geometry(kernel: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
     return (kernel, kernel), (1, 1), (kernel // 2, kernel // 2)
 
 

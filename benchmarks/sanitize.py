@@ -73,9 +73,9 @@ def main() -> None:
     for x, c_out, kernel in maps:
         y = rand(len(x), c_out, *x.shape[2:])
         geometry = (kernel, kernel), (1, 1), (kernel // 2, kernel // 2)
-        for weight in (None, rand(len(x)).abs()):
-            exact = reference.conv_gram(x.double(), y.double(), *geometry, None if weight is None else weight.double())
-            for got, want in zip(ops.conv_gram(x, y, *geometry, weight=weight, backend="triton"), exact, strict=True):
+        for samples in (None, rand(len(x)).abs()):
+            exact = reference.conv_gram(x.double(), y.double(), *geometry, None if samples is None else samples.double())
+            for got, want in zip(ops.conv_gram(x, y, *geometry, weight=samples, backend="triton"), exact, strict=True):
                 assert torch.allclose(got.double(), want, rtol=1e-4, atol=3e-6 * float(want.abs().max()))
     torch.cuda.synchronize()
     print("all kernels ran and are right")
