@@ -110,11 +110,44 @@ def test_ratio_out_of_range(refused, no_model, ratio):
         ("--seed", "expected one argument"),
         ("--load_stats missing.safetensors", "missing.safetensors does not exist"),
         ("--plan missing.json", "missing.json does not exist"),
+        ("--plan .", ". is a folder; give the file in it, pruning.json"),
         ("--dry_run --analyze", "writes nothing"),
     ],
 )
 def test_bad_argument(refused, no_model, words, says):
     refused(*words.split(), says=says)
+
+
+@pytest.mark.parametrize("words", ["--align 1000", "--min_width 4000"])
+def test_a_ratio_that_would_remove_nothing(refused, words):
+    refused(*flags(FAST), *words.split(), "--quiet", says="would remove nothing: widths are multiples of")
+
+
+def test_a_plan_of_the_other_layout(refused, small, finished):
+    refused("--model", small, "--plan", finished / "pruning.json", "--layout", "free", "--quiet", *flags(FAST), says="of the layout stock")
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({}, []),
+        ({"thr": 0.1, "latency_mode": "eager"}, ["thr", "latency_mode"]),
+        ({"thr": 0.1, "pruner": "diff-pruning"}, []),
+        ({"pruner": "magnitude", "time_strategy": "max", "stats_memory": "1M"}, ["time_strategy", "stats_memory"]),
+        ({"plan": "x", "pruner": "magnitude", "align": 4, "repair_images": 8}, ["pruner", "align"]),
+        ({"repair": "none", "repair_images": 8, "offload": True}, ["repair_images", "offload"]),
+        ({"target_latency": "0.5x", "latency_batch": 4}, []),
+    ],
+    ids=lambda value: "-".join(value) or "none",
+)
+def test_options_without_effect_are_named(options, names):
+    found = pruning.PruneOptions(**options).idle()
+    assert [line.split(" has no effect: ")[0] for line in found] == names
+
+
+def test_a_run_says_what_has_no_effect(small, capsys):
+    assert cli("--model", small, "--dry_run", "--thr", "0.2", *flags(FAST)) == 0
+    assert "thr has no effect: it is for the pruner diff-pruning, not magnitude\n" in capsys.readouterr().out
 
 
 def test_a_range_beyond_the_schedule_is_found_before_the_calibration(refused, monkeypatch):

@@ -215,8 +215,34 @@ class PruneOptions:
             raise UserError(f"the guidance scale must be at least 0; got {self.guidance_scale}")
         for what, file in (("statistics", self.load_stats), ("plan", self.plan), ("prompt", self.prompt_embeds)):
             if file is not None and not Path(file).is_file():
-                raise UserError(f"the {what} file {file} does not exist")
+                known = {"statistics": ", activation_stats.safetensors", "plan": ", pruning.json"}.get(what, "")
+                why = f"is a folder; give the file in it{known}" if Path(file).is_dir() else "does not exist"
+                raise UserError(f"the {what} file {file} {why}")
 
+    def idle(self, analyse: bool = False) -> list[str]:
+        """A line for every option that was changed and has no effect beside the others.
+
+        Args:
+            analyse: whether the activation study is asked for.
+        """
+        scored = self.plan is None
+        reads = scored and get_criterion(self.pruner).needs_stats
+        strategies = ("time_strategy", "activation_strategy")
+        rules: list[tuple[bool, tuple[str, ...], str]] = [
+            (not scored, ("pruner", "thr", "split", "combine", "norm_policy", "align", "min_width", *strategies), "a plan is replayed"),
+            (scored and self.pruner != "diff-pruning", ("thr",), f"it is for the pruner diff-pruning, not {self.pruner}"),
+            (scored and not reads, strategies, f"the pruner {self.pruner} reads no activation statistics"),
+            (self.load_stats is not None or not (reads or analyse), ("stats_memory",), "nothing is calibrated"),
+            (self.target_latency is None, ("latency_mode", "latency_batch"), "no target_latency is asked for"),
+            (self.repair == "none", ("repair_images", "offload"), "nothing is repaired"),
+        ]
+        usual = type(self)()
+        return [
+            f"{name} has no effect: {why}"
+            for holds, names, why in rules
+            for name in names
+            if holds and getattr(self, name) != getattr(usual, name)
+        ]
 
     def _check_trials(self) -> None:
         if self.split != "sensitivity":
@@ -377,6 +403,8 @@ def prune(
     backend = ops.get_backend()
     try:
         run.load(model)
+        for line in asked.idle(analyse):
+            run.log(line)
         if asked.resume:
             run.open_unfinished(save_path)  # type: ignore[arg-type]
         if save_path is not None and not dry_run:
@@ -669,6 +697,8 @@ class _Run:
         o = self.options
         if o.plan is not None:
             self.plan = PruningPlan.load(o.plan)
+            if o.layout == "free" and self.plan.layout == "stock":
+                raise UserError(f"{o.plan}: a plan of the layout stock, asked is free; leave out the layout, or plan anew")
             twin = compaction.prepared_copy(self.unet, self.plan.identity_shortcuts)
             self.slots = find_slots(twin)
             compaction.check_plan(self.plan, self.unet, self.slots)
@@ -677,6 +707,10 @@ class _Run:
         else:
             with self.stages("plan"):
                 self._plan_once()
+            whole = all(w == self.slots.slots[n].width for n, w in self.plan.widths.items())
+            if whole and o.ratio > 0 and self.target.ratio is not None and o.target_latency is None:
+                raise UserError(f"ratio {o.ratio:g} would remove nothing: widths are multiples of {o.align} (align), at least {o.min_width} "
+                                "(min_width), and the norms must allow them; ask for more, or for a smaller align or min_width")  # fmt: skip
         self.pruned_params, self.pruned_macs = self._sizes(self.plan, self.costs)
 
     def _plan_once(self) -> None:

@@ -297,7 +297,8 @@ def _asked(report: dict[str, Any]) -> str:
     if "plan" in asked:
         return f"asked: the plan {asked['plan']}; reached: {ratio}"
     if report["settings"]["split"] == "uniform":
-        return f"asked: ratio {asked['ratio']:g} (share of channels removed); reached: {ratio}"
+        near = "" if abs(asked["ratio"] - reached["ratio"]) < 5e-3 else ", the nearest with legal widths"
+        return f"asked: ratio {asked['ratio']:g} (share of channels removed); reached: {ratio}{near}"
     gone = 1 - reached["macs"] / report["dense"]["macs"]  # the split asks for both
     return f"asked: ratio {asked['ratio']:g} (at least, of channels and of MACs); reached: {reached['ratio']:.3f} and {gone:.3f}"
 
