@@ -254,6 +254,27 @@ def test_exit_codes(monkeypatch, capsys, tmp_path, error, code, text):
     assert (captured.out, captured.err) == ("", text)
 
 
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("prune --ratio 0.3", "nothing unfinished is left behind"),
+        ("prune --resume", "what is complete stays beside the target, and the same command goes on"),
+        ("sample", "the images that are complete stay"),
+        ("sample --grid=a.png", "nothing unfinished"),
+        ("finetune --steps 3", "--resume goes on from the newest"),
+        ("analyze", "nothing unfinished"),
+    ],
+)
+def test_an_interrupt_says_what_is_left(line, text, monkeypatch, capsys, tmp_path):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint, "load_pipeline", stop)
+    assert main(line.split()) == 130
+    assert text in capsys.readouterr().err
+
+
 def test_debug_shows_the_traceback(monkeypatch):
     monkeypatch.setenv("WANDA_FAST_DEBUG", "1")
     failing(monkeypatch, UserError("x"))

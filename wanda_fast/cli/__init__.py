@@ -34,12 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         with suppress(AttributeError, ValueError, OSError):  # a stream of a test, or none at all
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        with _terminate_cleanly():
+        with _terminate_cleanly(arguments):
             return _dispatch(arguments)
     except SystemExit as stop:  # of argparse, or a termination signal
         return stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing unfinished is left behind", 130)
+        return _fail(f"interrupted; {_left(arguments)}", 130)
     except BrokenPipeError:  # nobody reads stderr any more
         return 1
     except Exception as error:
@@ -102,15 +102,27 @@ def _fail(line: str, code: int) -> int:
     return code
 
 
+def _left(arguments: Sequence[str]) -> str:
+    """What a stopped command leaves on disk."""
+    name, flags = arguments[0] if arguments else "", {word.partition("=")[0] for word in arguments}
+    if name == "finetune":
+        return "the checkpoints that are complete stay, and --resume goes on from the newest"
+    if name == "sample" and "--grid" not in flags:
+        return "the images that are complete stay, and the same command goes on from there"
+    if name == "prune" and "--resume" in flags:
+        return "what is complete stays beside the target, and the same command goes on from there"
+    return "nothing unfinished is left behind"
+
+
 @contextmanager
-def _terminate_cleanly() -> Iterator[None]:
+def _terminate_cleanly(arguments: Sequence[str]) -> Iterator[None]:
     """Turn SIGTERM into an exception, so that unfinished folders are removed; as a program on its own only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        _fail("terminated; nothing unfinished is left behind", 128 + number)
+        _fail(f"terminated; {_left(arguments)}", 128 + number)
         raise SystemExit(128 + number)
 
     before = signal.signal(signal.SIGTERM, stop)
