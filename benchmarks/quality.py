@@ -46,6 +46,9 @@ class Refused(Exception):
     """A mistake that one line explains; exit code 2."""
 
 
+WEIGHTED = ", weighting "  # in the repair of a row: what follows is `--repair_weighting` of prune
+
+
 @dataclass(frozen=True)
 class Config:
     """What one row measures."""
@@ -82,6 +85,7 @@ def configurations() -> list[Config]:
     found += [Config(OURS, layout="free", budget=b) for b in BUDGETS if b != MAIN_BUDGET]
     found += [Config(p, split="uniform") for p in (OURS, *RIVALS)]
     found += [Config(p, layout="free", seed=s) for p in ("wanda-fluctuation", "lstsq-residual") for s in range(3)]
+    found += [Config(OURS, f"lstsq{WEIGHTED}{w}", layout, seed=s) for s in range(3) for layout in ("stock", "free") for w in ("last", "all")]
     return found
 
 
@@ -409,7 +413,8 @@ class Bench:
         from wanda_fast.importance import CRITERIA
 
         args = self.args
-        name = "-".join(str(v) for v in asdict(config).values()).replace("%", "pct")
+        name = "-".join(str(v) for v in asdict(config).values()).replace("%", "pct").replace(", ", "-").replace(" ", "-")
+        method, _, weighting = config.repair.partition(WEIGHTED)
         kept = self.cache / folder / self.model / name
         if not (kept / "pruning.json").is_file():
             dataset = self.calibration_images(config.seed)
@@ -418,8 +423,8 @@ class Bench:
             file = self.cache / f"{tables}-{self.model}-{config.seed}.safetensors"
             begin = time.perf_counter()
             result = prune(
-                self.source, save_path=kept, overwrite=True, pruner=config.pruner, repair=config.repair, layout=config.layout,
-                split=config.split, target_macs=config.budget, seed=config.seed, num_samples=0, device=str(self.device),
+                self.source, save_path=kept, overwrite=True, pruner=config.pruner, repair=method, repair_weighting=weighting or "none",
+                layout=config.layout, split=config.split, target_macs=config.budget, seed=config.seed, num_samples=0, device=str(self.device),
                 dataset=dataset, calib_steps=args.calib_steps, repair_images=args.repair_images, batch_size=args.prune_batch,
                 load_stats=str(file) if needs and file.is_file() and folder == "pruned" else None,
             )  # fmt: skip

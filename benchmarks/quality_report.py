@@ -21,7 +21,7 @@ BEGIN, END = "<!-- quality table: begin -->", "<!-- quality table: end -->"
 def _label(row: Row) -> str:
     if row["pruner"] == "dense":
         return "dense"
-    extras = [] if row["repair"] == "lstsq" else [f"repair {row['repair']}"]
+    extras = [] if row["repair"] == "lstsq" else [f"repair {row['repair'].replace(',', '')}"]
     extras += [row["layout"]] if row["layout"] != "stock" else []
     extras += ["uniform split"] if row["split"] == "uniform" else []
     return ", ".join([row["pruner"], *extras])

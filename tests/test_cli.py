@@ -61,6 +61,7 @@ def test_choices_are_those_of_the_library():
         "time_strategy": stats.TIME_STRATEGIES,
         "activation_strategy": stats.ACTIVATION_STRATEGIES,
         "repair": pruning.REPAIRS,
+        "repair_weighting": pruning.WEIGHTINGS,
         "backend": ops.BACKENDS,
         "latency_mode": latency.MODES,
         "dtype": choices["dtype"],
@@ -81,7 +82,9 @@ GUIDE = {  # flags of the guide -> (a value, the option it sets)
     "timesteps": ("trajectory", "timesteps"), "split": ("uniform", "split"), "repair": ("bias", "repair"),
     "norm_policy": ("groups", "norm_policy"), "combine": ("producers", "combine"), "repair_images": ("3", "repair_images"),
     "backend": ("cpu", "backend"), "target_latency": ("0.6x", "target_latency"), "latency_mode": ("eager", "latency_mode"),
-    "trials": ("3", "trials"), "latency_batch": ("3", "latency_batch"), "stats_memory": ("64M", "stats_memory"), "thr": ("0.1", "thr"),
+    "trials": ("3", "trials"),
+    "repair_weighting": ("last", "repair_weighting"), "latency_batch": ("3", "latency_batch"),
+    "stats_memory": ("64M", "stats_memory"), "thr": ("0.1", "thr"),
 }  # fmt: skip
 
 

@@ -289,6 +289,13 @@ def test_least_squares_repair_lowers_the_error_of_the_predicted_noise(made):
     assert repaired.repair.method == "lstsq" and made.repair is None
 
 
+def test_repair_weighting_says_whose_fit_counts_timesteps(small):
+    options = {**TINY, "num_samples": 0, "repair": "lstsq", "repair_images": 32}
+    none, last, every = (weights(wanda_fast.prune(small, **options, repair_weighting=w)) for w in ("none", "last", "all"))
+    assert {n.rpartition(".")[0] for n, t in none.items() if not torch.equal(t, last[n])} == {"conv_out"}
+    assert len({n for n, t in none.items() if not torch.equal(t, every[n])}) > 10
+
+
 def test_bias_repair_moves_biases_alone(small):
     plain, repaired = (wanda_fast.prune(small, **{**TINY, "num_samples": 0, "repair": method}) for method in ("none", "bias"))
     changed = {n for n, t in weights(plain).items() if not torch.equal(t, weights(repaired)[n])}

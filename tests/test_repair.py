@@ -19,7 +19,7 @@ from networks import PLAIN, random_unet
 from torch import Tensor, nn
 
 from wanda_fast.compact import compact, cost_model, layer_keep, prepared_copy
-from wanda_fast.least_squares import solve_ridge
+from wanda_fast.least_squares import Sums, solve_ridge
 from wanda_fast.lockstep import Hooked, Walk, peak_bytes
 from wanda_fast.plan import Target, build_plan, free_problem, stock_problem, uniform_widths
 from wanda_fast.repair import repair
@@ -522,3 +522,15 @@ def test_peak_bytes_counts_what_is_alive() -> None:
         del b, c
 
     assert peak_bytes(call) == 8000
+
+
+def test_rows_held_out_count_by_their_weight() -> None:
+    g = torch.Generator().manual_seed(3)
+    x, r = torch.cat([torch.randn(40, 3, generator=g), torch.ones(40, 1)], 1), torch.randn(40, 2, generator=g)
+    y, w, delta = torch.randn(40, 2, generator=g), torch.rand(40, generator=g), torch.randn(4, 2, generator=g).double()
+    sums = Sums(3, 2, torch.device("cpu"))
+    sums.hold_out(x[:15], r[:15], y[:15], w[:15])
+    sums.hold_out(x[15:], r[15:], y[15:], w[15:])
+    left, goal, share = r.double() - x.double() @ delta, y.double(), w.double()[:, None]
+    spread = (share * (goal - (share * goal).sum(0) / share.sum()).square()).sum()
+    assert sums.held_error(delta, slice(None)) == pytest.approx(float((share * left.square()).sum() / spread), rel=1e-5)

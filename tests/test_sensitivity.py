@@ -119,3 +119,18 @@ def test_image_weight_grows_with_the_noise_and_is_clipped() -> None:
     weight = image_weight(alphas)(torch.arange(1000))
     assert weight[0] < 1e-3 and weight[-1] == 1.0
     assert bool((weight.diff() >= 0).all())
+
+
+def test_image_weight_moves_the_image_alike_whatever_the_network_predicts() -> None:
+    alphas = torch.linspace(0.9999, 0.001, 1000)
+    t = torch.arange(1000)
+    sigma2 = (1 - alphas) / alphas
+    moves = {"epsilon": sigma2, "v_prediction": 1 - alphas, "sample": torch.ones(1000)}  # squared, of x0 per unit of error
+    for gamma in (1.0, 0.1):
+        per_image = {kind: image_weight(alphas, gamma, prediction_type=kind)(t) / move for kind, move in moves.items()}
+        scale = {kind: v / v[0] for kind, v in per_image.items()}
+        torch.testing.assert_close(scale["epsilon"], scale["v_prediction"], rtol=1e-4, atol=0)
+        torch.testing.assert_close(scale["epsilon"], scale["sample"], rtol=1e-4, atol=0)
+    assert image_weight(alphas, least=0.1)(t).min() == 0.1
+    with pytest.raises(ValueError, match="'velocity'"):
+        image_weight(alphas, prediction_type="velocity")

@@ -53,6 +53,7 @@ class Context:
         images: budget of noised images, `--calib_steps`.
         timesteps: [low, high) that count, `--target_steps`.
         alphas_cumprod: [T] of the noise schedule; None unless `needs_images`.
+        prediction_type: what the network predicts, as the scheduler names it.
         batch_size: images per pass.
         thr: `--thr`, the threshold on L_t / L_max of "diff-pruning".
     """
@@ -68,6 +69,7 @@ class Context:
     images: int = 1024
     timesteps: tuple[int, int] = (0, 1000)
     alphas_cumprod: Tensor | None = None
+    prediction_type: str = "epsilon"
     batch_size: int = 32
     thr: float = 0.05
 
@@ -304,7 +306,7 @@ class LeastSquaresResidual(Criterion):
         layers: dict[str, Any] = {n: m for n, m in unet.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
         studies, _ = study_layers(
             unet, context.batches(min(context.images, self._MOST_IMAGES)), layers,
-            weight=image_weight(context.alphas_cumprod), seed=context.seed,
+            weight=image_weight(context.alphas_cumprod, prediction_type=context.prediction_type), seed=context.seed,
         )  # fmt: skip
         self.readers = {
             n: (precision(s.covariance), output_energy(layers[n].weight, s.gain)) for n, s in studies.items()

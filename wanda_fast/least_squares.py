@@ -42,8 +42,11 @@ class Sums:
         self.rr += (r_w * r).sum(dims).to(self.home)
         self.rows += y.numel() // max(1, len(self.rr))
 
-    def hold_out(self, x: Tensor, r: Tensor, y: Tensor) -> None:
-        """Keep rows that judge answers and take no part in them."""
+    def hold_out(self, x: Tensor, r: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
+        """Keep rows, of weight [M] or 1, that judge answers and take no part in them."""
+        if weight is not None:
+            root = weight[:, None].sqrt()
+            x, r, y = x * root, r * root, y * root
         self._held.append((x, r, y))
 
     def join(self) -> None:
@@ -74,9 +77,10 @@ class Sums:
             if delta is not None:
                 r = r - x @ delta[:, columns].to(device=x.device, dtype=x.dtype)
             rr += r.square().sum().to(self.home)
-            sums += y.sum(0).to(self.home)
+            root = x[:, -1:]  # the column of ones: roots of the rows' weights
+            sums += (y * root).sum(0).to(self.home)
             squares += y.square().sum(0).to(self.home)
-            n += len(y)
+            n += root.square().sum().to(self.home)
         self._ranks.add([rr, sums, squares, n])
         return float(rr / _spread(n, sums, squares)) if float(n) else None
 

@@ -54,6 +54,7 @@ TIMESTEPS = ("random", "trajectory")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Least share of a width that the sensitivity split keeps, measured (benchmarks/results/recipe-h200.md): with one width per slot many
 # deep slots would shrink together, which an estimate slot by slot does not see.
+WEIGHTINGS = ("none", "last", "all")  # layers whose repair counts timesteps by their effect on the image
 FLOORS: dict[str, tuple[float, ...]] = {"stock": (0.25,), "free": (0.5, 0.375, 0.25)}
 SENSITIVITY_IMAGES = (32, 128)  # noised images of the sensitivity study, on a CPU and on a GPU
 TRIAL_IMAGES = (32, 128)  # images that judge a trial, on a CPU and on a GPU
@@ -97,6 +98,8 @@ class PruneOptions:
         time_strategy, activation_strategy, target_steps: see `wanda_fast.stats`.
         repair: "lstsq" refits the remaining layers in closed form, "bias" folds the mean of what was removed,
             "none" leaves plain pruning.
+        repair_weighting: in whose fit the timesteps count by what an error there does to the sampled image: "none" (all count alike),
+            "last" (the network's last layer) or "all" (every layer, those of clean timesteps with at least a tenth).
         repair_images: noised images of the repair; None for 256 on a CPU and 4096 on a GPU that holds them (32 and 128 latents).
         load_stats: file of saved statistics, used instead of a calibration.
         plan: file of a saved plan that is replayed.
@@ -138,6 +141,7 @@ class PruneOptions:
     activation_strategy: str = "mean"
     target_steps: str = "all"
     repair: str = "lstsq"
+    repair_weighting: str = "none"
     repair_images: int | None = None
     load_stats: str | None = None
     plan: str | None = None
@@ -178,6 +182,7 @@ class PruneOptions:
             ("layout", self.layout, LAYOUTS),
             ("norm policy", self.norm_policy, NORM_POLICIES),
             ("split", self.split, SPLITS),
+            ("repair weighting", self.repair_weighting, WEIGHTINGS),
             ("combination", self.combine, COMBINATIONS),
             ("repair", self.repair, REPAIRS),
             ("timesteps mode", self.timesteps, TIMESTEPS),
@@ -235,6 +240,7 @@ class PruneOptions:
             (self.load_stats is not None or not (reads or analyse), ("stats_memory",), "nothing is calibrated"),
             (self.target_latency is None, ("latency_mode", "latency_batch"), "no target_latency is asked for"),
             (self.repair == "none", ("repair_images", "offload"), "nothing is repaired"),
+            (self.repair != "lstsq", ("repair_weighting",), "nothing is fitted"),
         ]
         usual = type(self)()
         return [
@@ -689,6 +695,7 @@ class _Run:
             context.noised = NoisedImages(self.unet, self.scheduler, self.images(), seed=o.seed)
             context.batches = lambda n: self.batches(n)()
             context.alphas_cumprod = self.scheduler.alphas_cumprod
+            context.prediction_type = self._prediction_type
         return context
 
     # ------------------------------------------------------------------------------------------------------------ plan
@@ -837,7 +844,10 @@ class _Run:
             thin = self._thin(plan)
             if o.repair != "none":
                 keep = compaction.plan_keep(slots, plan)
-                repair(twin, thin, keep, self.batches(images, batch_size=size), method=o.repair, seed=o.seed, device=self.device)
+                repair(
+                    twin, thin, keep, self.batches(images, batch_size=size), method=o.repair, seed=o.seed, device=self.device,
+                    **self._weights(),
+                )  # fmt: skip
             return thin
 
         return in_smaller_batches(run, o.batch_size, what="the repair of a trial", say=self.log)
@@ -895,7 +905,7 @@ class _Run:
     ) -> dict[str, list[float]]:
         """Estimated relative squared error of the predicted noise for every unit and width, see `sensitivity`."""
         from .plan import choose_channels
-        from .sensitivity import damage_table, image_weight
+        from .sensitivity import damage_table
 
         o = self.options
         count = SENSITIVITY_IMAGES[self.device.type != "cpu"]
@@ -906,7 +916,7 @@ class _Run:
                 problem,
                 lambda widths: choose_channels(slots, widths, scores, o.norm_policy, o.layout),
                 self.batches(count, 101, size)(),
-                weight=image_weight(self.scheduler.alphas_cumprod),
+                weight=self._image_weight(),
                 seed=o.seed,
             ),
             o.batch_size,
@@ -931,6 +941,27 @@ class _Run:
             draw_anew(thin, self.options.seed)
         return thin
 
+    @property
+    def _prediction_type(self) -> str:
+        return str(self.scheduler.config.get("prediction_type", "epsilon"))
+
+    def _image_weight(self, gamma: float = 1.0, least: float = 0.0) -> Callable[[Tensor], Tensor]:
+        from .sensitivity import image_weight
+
+        return image_weight(self.scheduler.alphas_cumprod, gamma, least=least, prediction_type=self._prediction_type)
+
+    def _weights(self) -> dict[str, Any]:
+        """How the repair counts timesteps, see `repair_weighting`.
+
+        The last layer alone can follow the measured effect of an error, which grows up to σ² = 10 and beyond; fitted so
+        everywhere, clean timesteps would be given up (benchmarks/results/recipe-h200.md, "Weights of the timesteps in the fit").
+        """
+        chosen = self.options.repair_weighting
+        return {
+            "timestep_weight": self._image_weight(least=0.1) if chosen == "all" else None,
+            "last_weight": self._image_weight(gamma=0.1) if chosen == "last" else None,
+        }
+
     def repair(self) -> None:
         from .repair import repair
 
@@ -947,6 +978,7 @@ class _Run:
                 compaction.plan_keep(self.slots, self.plan),
                 self.batches(self.repair_images, batch_size=batch_size),
                 method=o.repair,
+                **self._weights(),
                 seed=o.seed,
                 device=self.device,
                 progress=self.progress,

@@ -39,6 +39,7 @@ TARGETS = ("block", "layer")
 RIDGES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # few images want a strong one, thousands a weak one
 
 Keep = dict[str, tuple["Tensor | None", "Tensor | None"]]
+TimestepWeight = Callable[[Tensor], Tensor]  # t [N] int64 -> [N]
 Batch = tuple[Tensor, Tensor, Any]  # x_t, t, and labels, a dictionary of conditioning, or None
 
 HELD_OUT = 8  # every 8th image of a batch judges the fit and takes no part in it
@@ -355,7 +356,8 @@ def repair(
     norms: bool = True,
     rows_per_unknown: float | None = None,
     max_rows: int | None = None,
-    timestep_weight: Callable[[Tensor], Tensor] | None = None,
+    timestep_weight: TimestepWeight | None = None,
+    last_weight: TimestepWeight | None = None,
     memory_limit: int | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -389,7 +391,8 @@ def repair(
         rows_per_unknown: rows of X per unknown of a layer, at least 16384 rows; positions of the maps are drawn at random
             to that number. None for 8 on a CPU and all on a GPU; `math.inf` for all.
         max_rows: most rows of a layer, whatever its size.
-        timestep_weight: t [N] int64 -> weight [N] of these images in the fit; None for 1.
+        timestep_weight: t [N] int64 -> weight [N], at least 0, of these images in every fit and in its judgement; None for 1.
+        last_weight: the same for the network's last layer; None for `timestep_weight`.
         memory_limit: bytes that waiting passes may hold. Images beyond it are run from the start again for every layer, which
             gives the same sums for more time. None for 60 % of a GPU's free memory, 40 % of the free main memory.
         seed: of the positions that are drawn.
@@ -427,7 +430,7 @@ def repair(
         rows_per_unknown = _CPU_ROWS_PER_UNKNOWN if home.type == "cpu" else math.inf
     work_dense = _working_copy(dense, torch.device("cpu") if offload else home)
     work = _working_copy(pruned, home)
-    options = _Options(target, ridges, norms, rows_per_unknown, max_rows, timestep_weight, memory_limit, seed, dtype)
+    options = _Options(target, ridges, norms, rows_per_unknown, max_rows, timestep_weight, last_weight, memory_limit, seed, dtype)
     run = _Run(work_dense, work, keep, batches, home, options, report)
     with _full_precision(), visiting(work_dense, home) if offload else nullcontext():
         if method == "bias":
@@ -464,7 +467,8 @@ class _Options:
     norms: bool
     rows_per_unknown: float
     max_rows: int | None
-    timestep_weight: Callable[[Tensor], Tensor] | None
+    timestep_weight: TimestepWeight | None
+    last_weight: TimestepWeight | None
     memory_limit: int | None
     seed: int
     dtype: torch.dtype
@@ -477,6 +481,7 @@ class _Options:
             "rows_per_unknown": self.rows_per_unknown if math.isfinite(self.rows_per_unknown) else "all",
             "max_rows": self.max_rows,
             "timestep_weight": self.timestep_weight is not None,
+            "last_weight": self.last_weight is not None,
             "seed": self.seed,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
@@ -500,6 +505,7 @@ class _Run:
     ) -> None:
         self.dense, self.pruned, self.keep, self.batches = dense, pruned, keep, batches
         self.device, self.options, self.report = device, options, report
+        self.last: _Stage | None = None
         self.ranks = ranks()
         self.dense_modules: dict[str, Any] = dict(dense.named_modules())
         self.modules: dict[str, Any] = dict(pruned.named_modules())
@@ -588,6 +594,7 @@ class _Run:
                 raise ValueError("batches: there is no image to repair with")
             one: Batch = (first[0][:1], first[1][:1], inputs.select(first[2], slice(1)))
             stages, reasons, self.reader = _plan_stages(pruned, self.call(one), watched, blocks)
+            self.last = stages[-1] if stages else None
             per_image = peak_bytes(lambda: self.call(one)(self.dense)) + peak_bytes(lambda: self.call(one)(self.pruned))
             budget = _memory_budget(self.device) if o.memory_limit is None else o.memory_limit
             self.report.layers += [LayerRepair(n, "skipped", remark=why) for n, why in reasons.items()]
@@ -717,6 +724,13 @@ class _Run:
             ]
         return results
 
+    def weight(self, stage: _Stage, t: Tensor) -> Tensor | None:
+        """[N] float32 weights of images at timesteps t [N] in the fit of a stage; None where all count alike."""
+        rule = self.options.timestep_weight
+        if stage is self.last and self.options.last_weight is not None:
+            rule = self.options.last_weight
+        return None if rule is None else rule(t).to(device=self.device, dtype=torch.float32)
+
     def collect(self, sums: Sums, stage: _Stage, record: _Record, unknowns: int, seed: int) -> None:
         """Add one batch to the normal equations."""
         data, t, held = record.data, record.t, record.held
@@ -725,16 +739,16 @@ class _Run:
         if len(held):
             part = data.subset(held.to(self.device))
             share = math.ceil(_HELD_ROWS / self.held_images)
-            sums.hold_out(*part.gather(self.pick(len(held), part.positions, share, generator), stage.joint))
+            rows = part.gather(self.pick(len(held), part.positions, share, generator), stage.joint)
+            weight = self.weight(stage, t[held])
+            sums.hold_out(*rows, None if weight is None else weight.repeat_interleave(len(rows[0]) // len(held)))
         fit = torch.ones(n, dtype=torch.bool)
         fit[held] = False
         chosen = fit.nonzero().flatten()
         if not len(chosen):
             return
         part = data.subset(chosen.to(self.device)) if len(held) else data
-        weight = None
-        if self.options.timestep_weight is not None:
-            weight = self.options.timestep_weight(t.cpu()[chosen]).to(device=self.device, dtype=torch.float32)
+        weight = self.weight(stage, t[chosen])
         geometry = _geometry(data.modules[0])
         share = math.ceil(min(self.options.rows(unknowns) / self.fit_images, data.positions))
         # Whole maps cost 13 products instead of 45 per row, so they are cheaper well before all positions are drawn.
@@ -810,8 +824,9 @@ class _Run:
             terms = (torch.ones_like(x), x, x.square(), y, x * y, y.square())
             # [6, N, C]
             each = torch.stack([v.flatten(2).sum(2, dtype=torch.float64) for v in terms])
-            if self.options.timestep_weight is not None:
-                each = each * self.options.timestep_weight(t.cpu()).to(each)[:, None]
+            weight = self.weight(stage, t)
+            if weight is not None:
+                each = each * weight.to(each)[:, None]
             sums[0] += each[:, ~judge].sum(1)
             sums[1] += each[:, judge].sum(1)
             rows += (len(x) - len(held)) * data.positions

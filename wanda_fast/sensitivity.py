@@ -44,24 +44,49 @@ class LayerStudy:
     gain: Tensor
 
 
-def image_weight(alphas_cumprod: Tensor, gamma: float = 1.0) -> Callable[[Tensor], Tensor]:
-    """Weight of a noise error at timestep t for the sampled image: w(t) = min(1, γ · (1 - ᾱ_t) / ᾱ_t).
+def image_weight(
+    alphas_cumprod: Tensor, gamma: float = 1.0, *, least: float = 0.0, prediction_type: str = "epsilon"
+) -> Callable[[Tensor], Tensor]:
+    """Weight of an error of the network's output at timestep t for the sampled image: w(t) = min(1, γ · σ²), σ² = (1 - ᾱ) / ᾱ.
 
-    An error of the predicted noise moves the predicted image by √((1 - ᾱ)/ᾱ) times as much. At clean timesteps that is
-    next to nothing, so an error there must not count like one at the timesteps where the image is decided.
+    An error of the predicted noise moves the predicted image by σ times as much. At clean timesteps that is next to
+    nothing, so an error there must not count like one at the timesteps where the image is decided; at the noisiest ones
+    later steps mend what went wrong, hence the limit. A network that predicts v = √ᾱ ε - √(1-ᾱ) x₀ or x₀ itself moves the image by
+    √(1-ᾱ) or 1 times its error; its weights follow from the same limit: min(1, 1 / (γ σ²)) times 1 - ᾱ or 1.
 
     Args:
         alphas_cumprod: [T] of the scheduler.
-        gamma: inverse noise-to-signal ratio at which the weight reaches 1.
+        gamma: inverse noise-to-signal ratio at which the limit is reached.
+        least: no weight is smaller.
+        prediction_type: "epsilon", "v_prediction" or "sample".
 
     Returns:
-        function t [N] int64 -> [N] float64.
+        function t [N] int64 -> [N] float32, on the device of t.
+
+    Raises:
+        ValueError: an unknown prediction type.
 
     Source: the clipping is that of min-SNR weighting, Hang et al. 2023, arXiv:2303.09556.
     """
     signal = alphas_cumprod.detach().double().cpu()
-    table = (gamma * (1 - signal) / signal.clamp_min(1e-12)).clamp_max(1.0)
-    return lambda t: table[t.long().cpu()]
+    noise_to_signal = (1 - signal) / signal.clamp_min(1e-12)
+    limit = (1 / (gamma * noise_to_signal).clamp_min(1e-12)).clamp_max(1.0)
+    if prediction_type == "epsilon":
+        table = (gamma * noise_to_signal).clamp_max(1.0)
+    elif prediction_type == "v_prediction":
+        table = limit * (1 - signal)
+    elif prediction_type == "sample":
+        table = limit
+    else:
+        raise ValueError(f"prediction_type must be epsilon, v_prediction or sample, got {prediction_type!r}")
+    tables = {torch.device("cpu"): table.clamp_min(least).float()}
+
+    def weight(t: Tensor) -> Tensor:
+        if t.device not in tables:
+            tables[t.device] = tables[torch.device("cpu")].to(t.device)
+        return tables[t.device][t.long()]
+
+    return weight
 
 
 def study_layers(

@@ -128,6 +128,9 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument("--repair_images", type=whole(1), default=None, metavar="N",
         help="noised images of the repair, at least 1 (default: 256 on a CPU, 4096 on a GPU that holds them; 32 and 128 "
         "for latents)")  # fmt: skip
+    group.add_argument("--repair_weighting", choices=("none", "last", "all"), default="none",
+        help="layers whose fit counts timesteps by what an error there does to the sampled image: none, the last layer, or "
+        "all (default: none)")  # fmt: skip
 
     group = parser.add_argument_group("running it")
     group.add_argument("--latency_mode", choices=("compiled", "eager"), default="compiled",
