@@ -120,6 +120,14 @@ def test_prune_meets_a_latency_or_says_so(tmp_path: Path) -> None:
     assert result.report["pruned"]["macs"] < result.report["dense"]["macs"]
 
 
+def test_a_share_that_no_legal_network_reaches_is_refused_in_shares() -> None:
+    with pytest.raises(UserError, match=r"target_latency 0.001x: .* takes 0\.\d\dx of the dense network's time"):
+        prune(
+            _pipeline(random_unet(SMALL)), target_latency="0.001x", latency_mode="eager", latency_batch=2, align=4, min_width=4,
+            split="uniform", pruner="magnitude", calib_steps=8, repair="none", num_samples=0, num_inference_steps=2,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("text", ["0x", "1.2", "-3", "fast", "nan", "0%", "120%"])
 def test_shares_that_are_none(text: str) -> None:
     with pytest.raises(UserError, match="no share of the dense network's time"):

@@ -289,6 +289,15 @@ def test_least_squares_repair_lowers_the_error_of_the_predicted_noise(made):
     assert repaired.repair.method == "lstsq" and made.repair is None
 
 
+def test_works_inside_inference_mode(small):
+    options = {**TINY, "num_samples": 0, "split": "sensitivity"}
+    with torch.inference_mode():
+        inside = weights(wanda_fast.prune(small, **options))
+    outside = weights(wanda_fast.prune(small, **options))
+    assert not any(t.is_inference() for t in inside.values())
+    assert inside.keys() == outside.keys() and all(torch.equal(t, outside[n]) for n, t in inside.items())
+
+
 def test_repair_weighting_says_whose_fit_counts_timesteps(small):
     options = {**TINY, "num_samples": 0, "repair": "lstsq", "repair_images": 32}
     none, last, every = (weights(wanda_fast.prune(small, **options, repair_weighting=w)) for w in ("none", "last", "all"))

@@ -354,6 +354,7 @@ class _Stages:
         self.memory[name] = {where: max(filter(None, (before.get(where), n)), default=None) for where, n in now.items()}
 
 
+@torch.inference_mode(False)  # a caller's own would forbid the gradients of the sensitivity study
 def prune(
     model: str | Path | DDPMPipeline | None = None,
     *,
@@ -879,6 +880,10 @@ class _Run:
             return thin_s / dense_s
 
         dense = by_time.sizes({})[1]
+        least = by_time.sizes(by_time.widths(dict.fromkeys(by_time.options, 0)))[1]
+        if asked * dense < least:
+            raise UserError(f"target_latency {o.target_latency}: by its layers' times the smallest legal network of this layout and norm "
+                            f"policy takes {least / dense:.2f}x of the dense network's time")  # fmt: skip
         best, found = latency.search(asked, dense, lambda budget: choose(by_time, Target(macs=budget)), measure)
         self.log(found.describe())
         self.latency_report = {
