@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import table
-from benchmarks.quality import MAIN_BUDGET, OURS, RESULTS, ROOT, Row, key, read_results
+from benchmarks.quality import MAIN_BUDGET, OURS, RESULTS, ROOT, WEIGHTED, Row, key, read_results
 
 CPU_RESULTS = RESULTS.with_name("quality-cpu.json")
 FULL = ROOT / "benchmarks" / "results" / "quality.md"
@@ -164,7 +164,7 @@ def plot(results: dict[str, Any], folder: Path) -> list[Path]:
 
     written = []
     for model in dict.fromkeys(row["model"] for row in results["rows"]):
-        rows = [row for row in results["rows"] if row["model"] == model]
+        rows = [row for row in results["rows"] if row["model"] == model and WEIGHTED not in row["repair"]]  # one recipe in the picture
         if len({row["budget"] for row in rows}) < 3:  # the dense network and one budget are no frontier
             continue
         panels = [p for p in (("ssim", "SSIM with the dense network's images"), ("fd", "Fréchet distance to real images"))

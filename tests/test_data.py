@@ -15,7 +15,7 @@ from networks import PLAIN, random_unet
 from PIL import Image
 from torch import nn
 
-from wanda_fast import data
+from wanda_fast import data, features
 from wanda_fast.checkpoint import BUNDLED_SAMPLES, load_pipeline
 from wanda_fast.data import check_source, load_folder, load_images, read_sample_sheet
 from wanda_fast.errors import UserError
@@ -214,3 +214,35 @@ def test_cifar10_that_cannot_be_read(tmp_path: Path, unet: nn.Module) -> None:
     (broken / "cifar-10-binary.tar.gz").write_bytes(b"no archive")
     with pytest.raises(UserError, match="cannot be read"):
         load_images("cifar10", n=1, unet=unet, data_dir=broken)
+
+
+# ----------------------------------------------------------------------------------------------------------- own datasets
+
+
+class Ramps(data.Dataset):
+    name = "ramps"
+    count = 6
+
+    def load(self, n: int, size: tuple[int, int] | None, channels: int, data_dir: Path | None) -> torch.Tensor:
+        h, w = size or (5, 7)
+        return torch.arange(self.count, dtype=torch.uint8)[:n, None, None, None].expand(-1, h, w, channels)
+
+
+def test_a_dataset_of_ones_own(unet: nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(data, "DATASETS", dict(data.DATASETS))
+    data.register(Ramps)
+    images = load_images("ramps", n=4, unet=unet)
+    assert images.shape == (4, 8, 8, 3) and images[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+    batches = list(features.image_batches("ramps", batch_size=4))
+    assert [b.shape for b in batches] == [(4, 5, 7, 3), (2, 5, 7, 3)] and features.count_images("ramps", n=9) == 6
+    with pytest.raises(UserError, match="ramps needs no data folder"):
+        check_source("ramps", data_dir=tmp_path)
+    with pytest.raises(UserError, match="known datasets: self, cifar10, ramps"):
+        check_source("ramp")
+    with pytest.raises(ValueError, match="name of its own, got 'ramps'"):
+        data.register(Ramps)
+    with pytest.raises(ValueError, match="empty: count must be"):
+        data.register(type("Empty", (Ramps,), {"name": "empty", "count": 0}))
+    data.register(type("Grey", (Ramps,), {"name": "grey", "load": lambda self, n, size, channels, folder: torch.zeros(n, 8, 8)}))
+    with pytest.raises(ValueError, match=r"dataset grey: asked for uint8 \[1 to 4, \(8, 8\), 3\], got torch.float32 \[4, 8, 8\]"):
+        load_images("grey", n=4, unet=unet)

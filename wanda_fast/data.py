@@ -1,5 +1,5 @@
-"""Calibration images: the model's own samples, CIFAR-10, or any folder of images, as uint8 [N, H, W, C] of the model's
-size.
+"""Calibration images: the model's own samples, a dataset that is registered here (CIFAR-10), or any folder of images, as uint8
+[N, H, W, C] of the model's size.
 
 The bundled model needs no dataset: 256 of its own samples ship as one PNG sheet, made by
 
@@ -40,6 +40,85 @@ _CIFAR_HELP = (
 )
 
 
+class Dataset:
+    """Images under a name, for `dataset` of prune, analyze and finetune and for real images of evaluate and fid. Subclass it, give the
+    attributes and `load`, and decorate the class with :func:`register`.
+
+    Attributes:
+        name: what the user gives.
+        count: number of images.
+        needs_data_dir: whether it lies in a folder that the user names (`data_dir`).
+    """
+
+    name = ""
+    count = 0
+    needs_data_dir = False
+
+    def check(self, data_dir: Path | None) -> None:
+        """Refuse what cannot work, before any model is loaded.
+
+        Raises:
+            UserError: the data folder is missing, or given without need.
+        """
+        if self.needs_data_dir and data_dir is None:
+            raise UserError(f"the dataset {self.name} needs a data folder (--data_dir).")
+        if not self.needs_data_dir and data_dir is not None:
+            raise UserError(f"the dataset {self.name} needs no data folder (--data_dir).")
+
+    def load(self, n: int, size: tuple[int, int] | None, channels: int, data_dir: Path | None) -> Tensor:
+        """At most n images, spread over the dataset in a fixed order.
+
+        Args:
+            size: (height, width) to resize to, see :func:`fit`; None for the dataset's own.
+            channels: 1 or 3.
+
+        Returns:
+            uint8 [≤ n, H, W, channels] on the CPU.
+        """
+        raise NotImplementedError
+
+
+DATASETS: dict[str, type[Dataset]] = {}
+
+
+def register(dataset: type[Dataset]) -> type[Dataset]:
+    """Class decorator: make a dataset known under its `name`.
+
+    Raises:
+        ValueError: the name is empty or taken, or the dataset has no images.
+    """
+    if not dataset.name or dataset.name == "self" or dataset.name in DATASETS:
+        raise ValueError(f"a dataset needs a name of its own, got {dataset.name!r}")
+    if dataset.count < 1:
+        raise ValueError(f"{dataset.name}: count must be the number of images, got {dataset.count}")
+    DATASETS[dataset.name] = dataset
+    return dataset
+
+
+def is_dataset(images: str | os.PathLike[str]) -> bool:
+    """Whether this names a registered dataset, and no file or folder that is there."""
+    return os.fspath(images) in DATASETS and not Path(images).exists()
+
+
+def load_dataset(
+    name: str, *, n: int, size: tuple[int, int] | None, channels: int, data_dir: str | os.PathLike[str] | None = None
+) -> Tensor:
+    """At most n images of a registered dataset, see `Dataset.load`.
+
+    Raises:
+        UserError: what the dataset refuses.
+        ValueError: it gave something else than it was asked for.
+    """
+    dataset = DATASETS[name]()
+    folder = None if data_dir is None else Path(data_dir)
+    dataset.check(folder)
+    images = dataset.load(n, size, channels, folder)
+    fits = images.dtype == torch.uint8 and images.ndim == 4 and 1 <= len(images) <= n and images.shape[3] == channels
+    if not fits or (size is not None and tuple(images.shape[1:3]) != size):
+        raise ValueError(f"dataset {name}: asked for uint8 [1 to {n}, {size or 'H, W'}, {channels}], got {images.dtype} {list(images.shape)}")
+    return images
+
+
 def load_images(
     spec: str,
     *,
@@ -58,11 +137,11 @@ def load_images(
     """At most n images, taken evenly over the whole source in a fixed order.
 
     Args:
-        spec: "self", "cifar10", or a folder that is searched with its subfolders.
+        spec: "self", the name of a registered dataset such as "cifar10", or a folder that is searched with its subfolders.
         unet: gives the size and the number of channels; for "self" it also draws the images.
         scheduler: needed for "self" with a model other than the bundled one.
         bundled: the network is the bundled model, whose samples ship with the package.
-        data_dir: where CIFAR-10 lies.
+        data_dir: where a dataset such as CIFAR-10 lies.
         seed, steps, batch_size, device, dtype: of the sampling for "self", see :func:`wanda_fast.sampling.sample`.
 
     Returns:
@@ -98,9 +177,8 @@ def load_images(
         )
     if channels not in (1, 3):
         raise UserError(f"the network has {channels} channels; images can be read for 1 or 3. Use the dataset 'self'.")
-    if spec == "cifar10":
-        assert data_dir is not None  # check_source made sure
-        return _load_cifar10(Path(data_dir), n, (height, width), channels)
+    if spec in DATASETS:
+        return load_dataset(spec, n=n, size=(height, width), channels=channels, data_dir=data_dir)
     return load_folder(spec, n=n, size=(height, width), channels=channels)
 
 
@@ -110,15 +188,14 @@ def check_source(spec: str, *, data_dir: str | os.PathLike[str] | None = None) -
     Raises:
         UserError: see :func:`load_images`.
     """
-    if spec != "cifar10" and data_dir is not None:
-        raise UserError(f"a data folder (--data_dir) is where cifar10 lies, and the dataset is {spec}; a folder of images is given as the "
+    if spec in DATASETS:
+        DATASETS[spec]().check(None if data_dir is None else Path(data_dir))
+        return
+    if data_dir is not None:
+        known = ", ".join(name for name, dataset in DATASETS.items() if dataset.needs_data_dir)
+        raise UserError(f"a data folder (--data_dir) is where {known} lies, and the dataset is {spec}; a folder of images is given as the "
                         "dataset itself.")  # fmt: skip
     if spec == "self":
-        return
-    if spec == "cifar10":
-        if data_dir is None:
-            raise UserError(f"cifar10 needs a data folder (--data_dir): {_CIFAR_HELP}.")
-        _find_cifar10(Path(data_dir))
         return
     _list_images(Path(spec).expanduser())
 
@@ -147,7 +224,7 @@ def load_folder(folder: str | os.PathLike[str], *, n: int, size: tuple[int, int]
 
 def _list_images(folder: Path) -> list[Path]:
     if not folder.exists():
-        raise UserError(f"{folder}: no such image folder (known datasets: self, cifar10).")
+        raise UserError(f"{folder}: no such image folder (known datasets: {', '.join(('self', *DATASETS))}).")
     if not folder.is_dir():
         raise UserError(f"{folder}: is a file; give the folder with the images.")
     files = [
@@ -199,6 +276,24 @@ def fit(picture: Image.Image, size: tuple[int, int]) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------------------------- CIFAR-10
+
+
+@register
+class Cifar10(Dataset):
+    """The training images of CIFAR-10, or a folder of images in its place; Krizhevsky 2009."""
+
+    name = "cifar10"
+    count = 50_000
+    needs_data_dir = True
+
+    def check(self, data_dir: Path | None) -> None:
+        if data_dir is None:
+            raise UserError(f"cifar10 needs a data folder (--data_dir): {_CIFAR_HELP}.")
+        _find_cifar10(data_dir)
+
+    def load(self, n: int, size: tuple[int, int] | None, channels: int, data_dir: Path | None) -> Tensor:
+        assert data_dir is not None  # check made sure
+        return _load_cifar10(data_dir, n, size or (32, 32), channels)
 
 
 def _find_cifar10(folder: Path) -> Path | Sequence[Path]:

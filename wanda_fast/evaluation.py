@@ -675,9 +675,7 @@ def _held_out_images(
     if isinstance(real, Tensor):
         return real[data._evenly(len(real), n)], "real"
     if real is not None and not os.fspath(real).endswith(".npz"):
-        spec = os.fspath(real)
-        source = "cifar10" if spec == "cifar10" and not Path(spec).exists() else spec
-        return data.load_images(source, n=n, unet=unet, data_dir=data_dir), f"real: {_name(real)}"
+        return data.load_images(os.fspath(real), n=n, unet=unet, data_dir=data_dir), f"real: {_name(real)}"
     if images:
         which = "reference" if len(images) == 2 else "model"
         return images[-1][:n], f"drawn by the {which}"

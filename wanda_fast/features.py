@@ -496,7 +496,7 @@ def feature_stats(
     """Statistics of a tensor of images, of a folder, or of CIFAR-10.
 
     Args:
-        images: uint8 [N, H, W, C], a folder (searched with its subfolders; images of any sizes), or "cifar10".
+        images: uint8 [N, H, W, C], a folder (searched with its subfolders; images of any sizes), or a dataset such as "cifar10".
         n: at most this many, taken evenly; None for all.
         data_dir: where CIFAR-10 lies.
         source: recorded for the reader; by default the folder's name.
@@ -631,9 +631,9 @@ def count_images(
 
     if isinstance(images, Tensor):
         total = len(images)
-    elif os.fspath(images) == "cifar10" and not Path(images).exists():
-        data.check_source("cifar10", data_dir=data_dir)
-        return min(50_000, n or 50_000)
+    elif data.is_dataset(images):
+        data.check_source(os.fspath(images), data_dir=data_dir)
+        total = data.DATASETS[os.fspath(images)].count
     else:
         total = len(_files(images, n))
     return total if n is None else min(n, total)
@@ -660,10 +660,10 @@ def image_batches(
         kept = images if n is None or n >= len(images) else images[data._evenly(len(images), n)]
         yield from kept.split(batch_size)
         return
-    if os.fspath(images) == "cifar10" and not Path(images).exists():
-        data.check_source("cifar10", data_dir=data_dir)
-        assert data_dir is not None  # check_source made sure
-        yield from data._load_cifar10(Path(data_dir), n or 50_000, (32, 32), 3).split(batch_size)
+    if data.is_dataset(images):
+        name = os.fspath(images)
+        every = n or data.DATASETS[name].count
+        yield from data.load_dataset(name, n=every, size=None, channels=3, data_dir=data_dir).split(batch_size)
         return
     waiting: dict[tuple[int, ...], list[np.ndarray]] = {}
     for file in _files(images, n):

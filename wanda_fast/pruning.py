@@ -1043,6 +1043,8 @@ class _Run:
         """Everything a reader of `pruning.json` needs, as plain JSON values."""
         import diffusers
 
+        from .data import DATASETS
+
         o = self.options
         removed = 1 - sum(len(k) for k in self.plan.keep.values()) / sum(s.width for s in self.slots.slots.values())
         asked: dict[str, Any] = {"ratio": o.ratio}
@@ -1058,7 +1060,7 @@ class _Run:
         for name in ("load_stats", "plan", "data_dir", "prompt_embeds"):  # names, not paths of this machine
             if settings[name] is not None:
                 settings[name] = Path(settings[name]).name
-        if o.dataset not in ("self", "cifar10"):
+        if o.dataset not in ("self", *DATASETS):
             settings["dataset"] = Path(o.dataset).name
         shifted = [
             norm

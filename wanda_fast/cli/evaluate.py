@@ -63,8 +63,10 @@ def run(args: argparse.Namespace, out: Terminal) -> int:
         raise UserError("--overwrite is for --save_path; without it nothing is written")
     if args.features is not None and (args.num_samples == 0 or (args.real is None and args.reference is None)):
         raise UserError("--features measure images: give --real or --reference, and --num_samples above 0")
-    if args.data_dir is not None and args.real != "cifar10":
-        raise UserError("--data_dir is where cifar10 lies, for --real cifar10")
+    from wanda_fast.data import DATASETS
+
+    if args.data_dir is not None and args.real not in DATASETS:
+        raise UserError(f"--data_dir is where {', '.join(DATASETS)} lies, for --real {next(iter(DATASETS))}")
     from wanda_fast.evaluation import evaluate
 
     result = evaluate(

@@ -51,8 +51,10 @@ def run(args: argparse.Namespace, out: Terminal) -> int:
         raise UserError(f"two places are needed, SAMPLES and STATS.npz; got {len(args.paths)}")
     if args.paths and args.overwrite:
         raise UserError("--overwrite is for the file of --save-stats; a comparison writes nothing")
-    if args.data_dir is not None and "cifar10" not in (args.paths or args.save_stats):
-        raise UserError("--data_dir is where cifar10 lies; no images of that name are asked for")
+    from wanda_fast.data import DATASETS
+
+    if args.data_dir is not None and not set(DATASETS) & set(args.paths or args.save_stats):
+        raise UserError(f"--data_dir is where {', '.join(DATASETS)} lies; no images of that name are asked for")
     from wanda_fast.pruning import check_device
 
     device = check_device(args.device)
