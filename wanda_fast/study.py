@@ -29,7 +29,7 @@ from .calibrate import calibrate, collect_layers, noised_batches
 from .errors import UserError
 from .importance import Context, get_criterion, slot_scores
 from .plan import select
-from .sampling import channels_last, place, predict
+from .sampling import channels_last, evaluating, place, predict
 from .slots import find_slots
 from .smaller_batches import in_smaller_batches
 from .stats import ActivationStats
@@ -185,11 +185,10 @@ class _Shapes:
         from tqdm import tqdm
 
         handles = [layer.register_forward_pre_hook(self._hook(name)) for name, layer in self._layers.items()]
-        was_training = unet.training
-        unet.eval()
         out: Tensor | None = None
         try:
-            with torch.no_grad(), channels_last(unet), tqdm(total=n, desc="shapes", unit="image", disable=not progress) as bar:
+            bar = tqdm(total=n, desc="shapes", unit="image", disable=not progress)
+            with torch.no_grad(), evaluating(unet), channels_last(unet), bar:
                 while True:
                     try:
                         # Trajectories run the network inside the generator too; those passes are not counted.
@@ -204,7 +203,6 @@ class _Shapes:
             self._recording, self._last = False, None
             for handle in handles:
                 handle.remove()
-            unet.train(was_training)
 
     def _hook(self, name: str) -> Any:
         def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:

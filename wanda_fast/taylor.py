@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .sampling import channels_last, class_labels, image_shape, noise, predict, to_float
+from .sampling import channels_last, class_labels, evaluating, image_shape, noise, predict, to_float
 
 _IMAGES_PER_TIMESTEP = 16  # enough for a loss within some 10 %; what is left over buys more timesteps
 
@@ -165,8 +165,6 @@ def _only_weights_learn(unet: nn.Module, layers: dict[str, Any]) -> Iterator[Non
     """Gradients for the weights of these layers alone, from zero, deterministic on a GPU too; all is put back afterwards."""
     wanted = {id(m.weight) for m in layers.values()}
     before = [(p, p.requires_grad, p.grad) for p in unet.parameters()]
-    was_training = unet.training
-    unet.eval()
     for p, _, _ in before:
         p.grad = None
         p.requires_grad_(id(p) in wanted)
@@ -174,13 +172,12 @@ def _only_weights_learn(unet: nn.Module, layers: dict[str, Any]) -> Iterator[Non
 
     cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
     try:
-        with torch.inference_mode(False), torch.enable_grad(), cudnn, sdpa_kernel(SDPBackend.MATH):
+        with evaluating(unet), torch.inference_mode(False), torch.enable_grad(), cudnn, sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         for p, learns, grad in before:
             p.requires_grad_(learns)
             p.grad = grad
-        unet.train(was_training)
 
 
 def _first_non_finite(unet: nn.Module, run: Callable[[], Tensor], t: int) -> str:
