@@ -56,13 +56,15 @@ def _in_readme(groups: Sequence[list[Row]]) -> dict[int, str]:
     main = [i for i, g in enumerate(groups) if g[0]["budget"] == MAIN_BUDGET and g[0]["split"] != "uniform"]
     rivals = [i for i in main if groups[i][0]["pruner"] != OURS and groups[i][0]["repair"] == "lstsq"]
     best = max(rivals, key=lambda i: _mean(groups[i], "ssim"), default=None)
+    measured = len({groups[i][0]["pruner"] for i in rivals})
+    which = f"the best of {measured} rivals" if measured > 1 else "the only rival measured"
     found = {}
     for i, group in enumerate(groups):
         row = group[0]
         ours = i in main and row["pruner"] == OURS and row["repair"] in ("lstsq", "none")
         chance = i in main and (row["pruner"], row["repair"], row["layout"]) == ("random", "lstsq", "stock")
         if row["pruner"] == "dense" or ours or chance or i == best:
-            found[i] = _label(row) + (" (the best rival)" if i == best else "")
+            found[i] = _label(row) + (f" ({which})" if i == best else "")
     return found
 
 

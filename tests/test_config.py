@@ -31,8 +31,8 @@ def parse(tmp_path: Path, text: str, *words: str):
 
 
 def test_command_line_then_file_then_defaults(tmp_path):
-    args = parse(tmp_path, "seed: 3\ncalib-steps: 8\nwanda_time_strategy: max\ndry_run: true\nbatch_size:\n", "--seed", "5")
-    assert (args.seed, args.calib_steps, args.time_strategy, args.dry_run, args.batch_size) == (5, 8, "max", True, 32)
+    args = parse(tmp_path, "seed: 3\ncalib-steps: 8\nwanda_time_strategy: max\ndry_run: true\nnum_inference_steps:\n", "--seed", "5")
+    assert (args.seed, args.calib_steps, args.time_strategy, args.dry_run, args.num_inference_steps) == (5, 8, "max", True, 50)
     assert vars(parse(tmp_path, "{}")) == vars(prune_parser().parse_args([]))
     assert parse(tmp_path, "").ratio is None
 

@@ -257,7 +257,7 @@ def test_readme_shows_few_rows() -> None:
     text = quality_report.brief([results])
     names = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| tiny")]
     assert names == [f"tiny, {name}" for name in
-        ("dense", "wanda-diff", "taylor (the best rival)", "wanda-diff, free", "random", "wanda-diff, repair none")]  # fmt: skip
+        ("dense", "wanda-diff", "taylor (the best of 3 rivals)", "wanda-diff, free", "random", "wanda-diff, repair none")]  # fmt: skip
     assert "| network, criterion | MACs | parameters | seeds | FD | SSIM | noise MSE |" in text and "tiny: a GPU, torch 2.11; 5,000" in text
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
 

@@ -11,7 +11,8 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ from .sampling import (
     sample,
     to_float,
 )
+from .smaller_batches import usual_batch_size
 
 if TYPE_CHECKING:
     from diffusers import DDPMPipeline
@@ -354,53 +356,78 @@ def speed(
     device = next(unet.parameters()).device
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else next(unet.parameters()).dtype)
     if compiled:
-        from torch import _dynamo
-
-        _dynamo.reset()  # what earlier networks left counts towards its limit, past which it runs eagerly
-    networks = [unet] if reference is None else [unet, reference]
-    runs, peaks, building = [], [], []
-    for network in networks:
-        twin: Any = nn.Module.to(copy.deepcopy(network), dtype=dtype).eval()
-        twin = nn.Module.to(twin, memory_format=torch.channels_last)
-        start = time.perf_counter()
-        if compiled:
-            twin = torch.compile(twin, mode="reduce-overhead", dynamic=False)
-        runs.append(_speed_run(twin, network, batch_size, device, dtype))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        for _ in range(3):
-            runs[-1]()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        peak = peak_memory(device)
-        weights = sum(p.numel() * dtype.itemsize for p in network.parameters())
-        peaks.append(None if peak is None else peak - before + weights)
-        building.append(time.perf_counter() - start)
-    times: list[list[float]] = [[] for _ in runs]
-    for _ in range(repeats):
-        for run, seconds in zip(runs, times, strict=True):
-            seconds.append(_seconds(run, device))
-    medians = [statistics.median(seconds) for seconds in times]
+        forget_compiled()
+    ready = [SpeedRun(n, batch_size, dtype, compiled) for n in ([unet] if reference is None else [unet, reference])]
+    medians = in_turns(ready, repeats)
     found: dict[str, Any] = {
         "mode": f"{'compiled' if compiled else 'eager'}, {_short(dtype)}, channels-last",
         "batch_size": batch_size,
         "steps": steps,
         "images_per_s": batch_size / (steps * medians[0]),
         "forward_seconds": medians[0],
-        "peak_bytes": peaks[0],
+        "peak_bytes": ready[0].peak_bytes,
     }
     if compiled:
-        found["compile_seconds"] = round(sum(building), 1)
+        found["compile_seconds"] = round(sum(r.seconds for r in ready), 1)
     if reference is not None:
         found |= {
             "images_per_s_reference": batch_size / (steps * medians[1]),
             "forward_seconds_reference": medians[1],
-            "peak_bytes_reference": peaks[1],
+            "peak_bytes_reference": ready[1].peak_bytes,
             "times_as_fast": medians[1] / medians[0],
         }
     return found
+
+
+def forget_compiled() -> None:
+    """Drop what torch.compile keeps of earlier networks: it counts towards a limit, past which later ones run eagerly."""
+    from torch import _dynamo
+
+    _dynamo.reset()
+
+
+class SpeedRun:
+    """A copy of a network that is ready to be timed: weights in `dtype`, channels-last, compiled if asked, warmed up.
+
+    Attributes:
+        run: one forward pass of a fixed batch.
+        peak_bytes: most memory of its tensors, weights included, on a CUDA device; None elsewhere.
+        seconds: that copying, compiling and the first passes took.
+    """
+
+    def __init__(self, network: nn.Module, batch_size: int, dtype: torch.dtype, compiled: bool) -> None:
+        begin = time.perf_counter()
+        self.device = device = next(network.parameters()).device
+        on_gpu = device.type == "cuda"
+        twin: Any = nn.Module.to(copy.deepcopy(network), dtype=dtype).eval()
+        twin = nn.Module.to(twin, memory_format=torch.channels_last)
+        if compiled:
+            twin = torch.compile(twin, mode="reduce-overhead", dynamic=False)
+        self.run = _speed_run(twin, network, batch_size, device, dtype)
+        if on_gpu:
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device) if on_gpu else 0
+        with warnings.catch_warnings():
+            # diffusers caches the comparison of torch's version; what dynamo says about it helps nobody here
+            warnings.filterwarnings("ignore", message=".*lru_cache")
+            for _ in range(3):
+                self.run()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        peak = peak_memory(device)
+        weights = sum(p.numel() * dtype.itemsize for p in network.parameters())
+        self.peak_bytes = None if peak is None else peak - before + weights
+        self.seconds = time.perf_counter() - begin
+
+
+def in_turns(runs: Sequence[SpeedRun], repeats: int = 7) -> list[float]:
+    """Median seconds of a pass of each, timed in turns."""
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(repeats):
+        for one, seconds in zip(runs, times, strict=True):
+            seconds.append(_seconds(one.run, one.device))
+    return [statistics.median(seconds) for seconds in times]
 
 
 def _speed_run(
@@ -440,7 +467,7 @@ def evaluate(
     steps: int = 50,
     noise_images: int = 1000,
     seed: int = 0,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     device: torch.device | str | None = None,
     dtype: str | torch.dtype | None = None,
     compiled: bool | None = None,
@@ -462,6 +489,7 @@ def evaluate(
         n: images drawn from each network, from the same noise; 0 for none.
         steps: DDIM steps (η = 0, "leading" spacing).
         noise_images: noised images for the noise error over t and the denoising loss: real ones where `real` has images, else drawn ones.
+        batch_size: images per pass, of the timed passes too; None for 32 on a CPU and 32 to 256 on a GPU, by their size.
         dtype: of sampling and errors: float32, or bfloat16 or float16 for autocast; of both networks.
         compiled: measure speed under torch.compile too; None: on a GPU.
         save_path: folder for `evaluation.json` and `evaluation.png`.
@@ -483,7 +511,7 @@ def evaluate(
 
     log = log or (lambda line: None)
     begin = time.perf_counter()
-    if n < 0 or noise_images < 0 or batch_size < 1:
+    if n < 0 or noise_images < 0 or (batch_size is not None and batch_size < 1):
         raise UserError("the numbers of images must be at least 0 and the batch size at least 1.")
     if not isinstance(dtype, torch.dtype):
         if dtype is not None and dtype not in _DTYPE_NAMES:
@@ -496,6 +524,7 @@ def evaluate(
     unet, scheduler, name = _open(model, place_)
     other = None if reference is None else _open(reference, place_)
     _check_pair(unet, scheduler, other)
+    batch_size = batch_size or usual_batch_size(place_, *image_shape(unet)[1:])
     if known is None and real is not None and extractor is not None:
         from .features import feature_stats
 

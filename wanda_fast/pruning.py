@@ -41,7 +41,7 @@ from .plan import (
 from .resume import Unfinished
 from .shards import calibrate_in_shards
 from .slots import SlotMap, find_slots, identity_shortcuts
-from .smaller_batches import in_smaller_batches
+from .smaller_batches import in_smaller_batches, usual_batch_size
 
 if TYPE_CHECKING:
     from diffusers import DDPMPipeline
@@ -105,7 +105,7 @@ class PruneOptions:
         plan: file of a saved plan that is replayed.
         device: "cuda", "cpu", …; None for a GPU if there is one.
         dtype: "fp32", "bf16" or "fp16" for calibration and sampling; the saved weights keep the model's own dtype.
-        batch_size: images per forward pass.
+        batch_size: images per forward pass; None for 32 on a CPU and 32 to 256 on a GPU, by the size of the images.
         seed: of everything random.
         num_samples: images of the before and after grids, 0 for none.
         num_inference_steps: DDIM steps of these grids.
@@ -147,7 +147,7 @@ class PruneOptions:
     plan: str | None = None
     device: str | None = None
     dtype: str | None = None
-    batch_size: int = 32
+    batch_size: int | None = None
     seed: int = 0
     num_samples: int = 16
     num_inference_steps: int = 50
@@ -202,16 +202,14 @@ class PruneOptions:
                 f"timestep range {self.target_steps!r}: expected {known} or a-b with 0 <= a < b <= the model's number "
                 "of timesteps, usually 1000"
             ) from None
-        counts = [("align", 1), ("min_width", 1), ("calib_steps", 1), ("batch_size", 1), ("num_samples", 0), ("trials", 0)]
-        for name, least in [*counts, ("num_inference_steps", 1), ("seed", 0)]:
+        counts = [("align", 1), ("min_width", 1), ("calib_steps", 1), ("num_samples", 0), ("trials", 0)]
+        optional = [(n, 1) for n in ("batch_size", "repair_images", "latency_batch") if getattr(self, n) is not None]
+        for name, least in [*counts, *optional, ("num_inference_steps", 1), ("seed", 0)]:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
                 raise UserError(f"{name} must be a whole number of at least {least}; got {value}")
         if self.trials:
             self._check_trials()
-        for name in ("repair_images", "latency_batch"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.dtype is not None and self.dtype not in _DTYPE_NAMES:
             raise UserError(f"unknown dtype {self.dtype!r}; known: {', '.join(_DTYPE_NAMES)}")
         data.check_source(self.dataset, data_dir=self.data_dir)
@@ -328,7 +326,7 @@ def check_device(device: str | None) -> torch.device:
             return torch.device("cuda", torch.cuda.current_device())
         if found.type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("no GPU that this torch can use is visible")
-        torch.empty(1, device=found)
+        found = torch.empty(1, device=found).device  # a GPU with its number, which some calls of torch insist on
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
     return found
@@ -563,6 +561,13 @@ class _Run:
             return Target(params=parse_budget(o.target_params, self.dense_params, "target_params"))
         return Target(ratio=float(o.ratio))
 
+    @cached_property
+    def batch_size(self) -> int:
+        """Images per forward pass."""
+        from .sampling import image_shape
+
+        return self.options.batch_size or usual_batch_size(self.device, *image_shape(self.unet)[1:])
+
     # ------------------------------------------------------------------------------------------------------- calibrate
 
     def images(self) -> Tensor:
@@ -582,7 +587,7 @@ class _Run:
                     data_dir=o.data_dir,
                     seed=o.seed,
                     steps=o.num_inference_steps,
-                    batch_size=o.batch_size,
+                    batch_size=self.batch_size,
                     device=self.device,
                     dtype=self.dtype,
                     progress=self.progress,
@@ -630,7 +635,7 @@ class _Run:
 
         def make() -> Iterable[Any]:
             for x, t, _, labels in noised_batches(
-                self.unet, self.scheduler, images, n=n, mode=o.timesteps, target=(lo, hi), batch_size=batch_size or o.batch_size,
+                self.unet, self.scheduler, images, n=n, mode=o.timesteps, target=(lo, hi), batch_size=batch_size or self.batch_size,
                 seed=o.seed + seed_offset, device=self.device, dtype=torch.float32,
             ):  # fmt: skip
                 yield x, t, labels
@@ -663,13 +668,13 @@ class _Run:
             def part(cut: tuple[int, int]) -> ActivationStats:
                 return calibrate(
                     self.unet, self.scheduler, images, n=o.calib_steps, mode=o.timesteps, target_steps=o.target_steps,
-                    batch_size=o.batch_size, seed=o.seed, device=self.device, dtype=self.dtype,
+                    batch_size=self.batch_size, seed=o.seed, device=self.device, dtype=self.dtype,
                     backend=_backend_of("channel_sq_norm"), progress=self.progress,
                     dataset=self._source_of_images(), table_bytes=limit, means=self.criterion.needs_means, part=cut,
                 )  # fmt: skip
 
             with self.stages("calibrate"):
-                self.stats = calibrate_in_shards(part, o.calib_steps, o.batch_size, self.ranks, self.unfinished, self.log)
+                self.stats = calibrate_in_shards(part, o.calib_steps, self.batch_size, self.ranks, self.unfinished, self.log)
         if o.plan is None:
             self.context = self._context()
             with self.stages("calibrate"):
@@ -682,7 +687,7 @@ class _Run:
         o = self.options
         context = Context(
             seed=o.seed, backend=_backend_of("wanda_score"), stats=self.stats, images=o.calib_steps,
-            timesteps=self._steps(o.target_steps), batch_size=o.batch_size, thr=float(o.thr),
+            timesteps=self._steps(o.target_steps), batch_size=self.batch_size, thr=float(o.thr),
         )  # fmt: skip
         if self.stats is not None:
             strategy: dict[str, Any] = {
@@ -810,7 +815,7 @@ class _Run:
 
         def drawn(network: nn.Module) -> Tensor:
             return sampling.sample(
-                network, self.scheduler, count, steps=o.num_inference_steps, seed=o.seed + 202, batch_size=o.batch_size,
+                network, self.scheduler, count, steps=o.num_inference_steps, seed=o.seed + 202, batch_size=self.batch_size,
                 device=self.device, dtype=self.dtype,
             )  # fmt: skip
 
@@ -851,7 +856,7 @@ class _Run:
                 )  # fmt: skip
             return thin
 
-        return in_smaller_batches(run, o.batch_size, what="the repair of a trial", say=self.log)
+        return in_smaller_batches(run, self.batch_size, what="the repair of a trial", say=self.log)
 
     def _by_latency(self, unet: nn.Module, problem: WidthProblem, choose: Callable[[WidthProblem, Target], Any]) -> Any:
         """Widths by measured time: a table of layer times for the search, whole networks timed to hold it to."""
@@ -860,7 +865,6 @@ class _Run:
         o = self.options
         batch = o.latency_batch or (256 if self.device.type == "cuda" else 16)
         asked = latency.parse_latency(str(o.target_latency))
-        timed: dict[str, Any] = {}
 
         def pass_(network: nn.Module) -> None:
             evaluation._speed_run(network, network, batch, self.device, self.dtype)()
@@ -870,13 +874,16 @@ class _Run:
         del twin
         by_time = replace(problem, costs=model)  # type: ignore[arg-type]  # has the form of one
 
+        compiled = o.latency_mode == "compiled"
+        if compiled:
+            evaluation.forget_compiled()
+        mode = f"{o.latency_mode}, {evaluation._short(self.dtype)}, channels-last"
+        whole = evaluation.SpeedRun(self.unet, batch, self.dtype, compiled)  # compiled once, timed in turns with every candidate
+
         def measure(candidate: Any) -> float:
             thin = compaction.compact(self.unet, candidate[2], backend=_backend_of("compact"))
-            compiled = o.latency_mode == "compiled"
-            found = evaluation.speed(thin, self.unet, steps=1, batch_size=batch, dtype=self.dtype, compiled=compiled)
-            timed.update(found)
-            thin_s, dense_s = found["forward_seconds"], found["forward_seconds_reference"]
-            self.log(f"latency: {thin_s * 1e3:.2f} of the dense network's {dense_s * 1e3:.2f} ms ({found['mode']}, {batch} images)")
+            thin_s, dense_s = evaluation.in_turns([evaluation.SpeedRun(thin, batch, self.dtype, compiled), whole])
+            self.log(f"latency: {thin_s * 1e3:.2f} of the dense network's {dense_s * 1e3:.2f} ms ({mode}, {batch} images)")
             return thin_s / dense_s
 
         dense = by_time.sizes({})[1]
@@ -887,7 +894,7 @@ class _Run:
         best, found = latency.search(asked, dense, lambda budget: choose(by_time, Target(macs=budget)), measure)
         self.log(found.describe())
         self.latency_report = {
-            "asked": asked, "measured": found.share, "met": found.met, "rounds": found.rounds, "mode": timed["mode"],
+            "asked": asked, "measured": found.share, "met": found.met, "rounds": found.rounds, "mode": mode,
             "batch_size": batch, "layers": {k: [list(p) for p in v] for k, v in model.table.items()},
         }  # fmt: skip
         return best
@@ -924,7 +931,7 @@ class _Run:
                 weight=self._image_weight(),
                 seed=o.seed,
             ),
-            o.batch_size,
+            self.batch_size,
             what="the sensitivity study",
             say=self.log,
         )
@@ -975,7 +982,7 @@ class _Run:
             return
 
         def run(batch_size: int) -> Any:
-            if batch_size != o.batch_size:  # an attempt before has refitted some layers
+            if batch_size != self.batch_size:  # an attempt before has refitted some layers
                 self._cut()
             return repair(
                 twin,
@@ -996,7 +1003,7 @@ class _Run:
             if o.offload:
                 nn.Module.to(self.unet, "cpu")
                 nn.Module.to(twin, "cpu")
-            self.repair_report = in_smaller_batches(run, o.batch_size, what="the repair", say=self.log)
+            self.repair_report = in_smaller_batches(run, self.batch_size, what="the repair", say=self.log)
             nn.Module.to(self.unet, self.device)
 
     # --------------------------------------------------------------------------------------------------- sample, measure
@@ -1009,7 +1016,7 @@ class _Run:
                 images.append(
                     distributed.sample(
                         unet, self.scheduler, o.num_samples, self.ranks, steps=o.num_inference_steps, seed=o.seed,
-                        batch_size=o.batch_size, device=self.device, dtype=self.dtype,
+                        batch_size=self.batch_size, device=self.device, dtype=self.dtype,
                         progress=self.progress and o.num_samples > 0, desc=f"sampling {which}",
                     )
                 )  # fmt: skip
@@ -1025,7 +1032,7 @@ class _Run:
                 self.quality["psnr"] = evaluation.psnr(before, after)
             error = in_smaller_batches(
                 lambda size: evaluation.noise_mse(self.unet, self.pruned, self.batches(64, 1_000_003, size)()),
-                o.batch_size, what="the noise error", say=self.log,
+                self.batch_size, what="the noise error", say=self.log,
             )  # fmt: skip
             self.quality["noise_mse"], self.quality["noise_mse_relative"] = error.mse, error.relative
 
@@ -1035,7 +1042,7 @@ class _Run:
                 )
                 return {"dense": dense_s, "pruned": pruned_s, "batch_size": size}
 
-            self.quality["forward_seconds"] = in_smaller_batches(timed, min(o.batch_size, 16), what="the timing", say=self.log)
+            self.quality["forward_seconds"] = in_smaller_batches(timed, min(self.batch_size, 16), what="the timing", say=self.log)
 
     # ------------------------------------------------------------------------------------------------------------ finish
 
@@ -1088,6 +1095,7 @@ class _Run:
             "plan": self.plan.to_dict(),
             "settings": settings,
             "seed": o.seed,
+            "batch_size": self.batch_size,
             "versions": {
                 "wanda_fast": _version(),
                 "torch": torch.__version__,

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from wanda_fast.cli.parser import Parser, model_name, share, whole
+from wanda_fast.cli.parser import Parser, add_batch_size, model_name, share, whole
 from wanda_fast.cli.terminal import Terminal, finite, table
 
 EXAMPLES = """\
@@ -46,7 +46,7 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument("--device", metavar="DEVICE", help="cuda, cuda:1, cpu, ... (default: cuda if there, else cpu)")
     group.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "float32", "bfloat16", "float16"), default=None,
         help="number format of the forward passes; sums are float64 (default: fp32)")  # fmt: skip
-    group.add_argument("--batch_size", type=whole(1), default=32, metavar="N", help="images per pass (default: 32)")
+    add_batch_size(group)
     group.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of everything random (default: 0)")
     group.add_argument("--json", action="store_true", help="print the report as one JSON object and nothing else")
     group.add_argument("--quiet", action="store_true", help="no progress bars and no notes, only the result")
@@ -58,6 +58,8 @@ def run(args: argparse.Namespace, out: Terminal) -> int:
     from wanda_fast import checkpoint, data, run_config, study, study_figures
     from wanda_fast.errors import UserError
     from wanda_fast.pruning import _DTYPE_NAMES, DTYPES, check_device
+    from wanda_fast.sampling import image_shape
+    from wanda_fast.smaller_batches import usual_batch_size
 
     if args.ratio == 0:
         raise UserError("--ratio: a study of removed channels needs a ratio above 0")
@@ -72,15 +74,16 @@ def run(args: argparse.Namespace, out: Terminal) -> int:
         raise UserError(f"{args.model}: is pruned in the free layout already; study its original instead")
     out.note(f"model: {loaded.name}; device: {device}")
     dtype = DTYPES[_DTYPE_NAMES[args.dtype or "fp32"]]
+    batch_size = args.batch_size or usual_batch_size(device, *image_shape(loaded.unet)[1:])
     images = data.load_images(
         args.dataset, n=min(args.num_samples, 512) if args.dataset == "self" else args.num_samples, unet=loaded.unet,
         scheduler=loaded.scheduler, bundled=loaded.source == "bundled", data_dir=args.data_dir, seed=args.seed,
-        batch_size=args.batch_size, device=device, dtype=dtype, progress=out.progress,
+        batch_size=batch_size, device=device, dtype=dtype, progress=out.progress,
     )  # fmt: skip
     name = "the model's own samples" if args.dataset == "self" else Path(args.dataset).name
     report, stats = study.study(
         loaded.unet, loaded.scheduler, images, n=args.num_samples, ratio=args.ratio, mode=args.timesteps,
-        batch_size=args.batch_size, seed=args.seed, device=device, dtype=dtype, dataset=name, name=loaded.name,
+        batch_size=batch_size, seed=args.seed, device=device, dtype=dtype, dataset=name, name=loaded.name,
         progress=out.progress,
     )  # fmt: skip
     def instead(path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from wanda_fast.cli.parser import Parser, whole
+from wanda_fast.cli.parser import Parser, add_batch_size, whole
 from wanda_fast.cli.terminal import Terminal, change, seconds, si, table
 from wanda_fast.errors import UserError
 
@@ -44,7 +44,7 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument("--device", metavar="DEVICE", help="cuda, cuda:1, cpu, ... (default: cuda if there, else cpu)")
     group.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "float32", "bfloat16", "float16"), default=None,
         help="number format of sampling and errors, for both networks (default: fp32)")  # fmt: skip
-    group.add_argument("--batch_size", type=whole(1), default=32, metavar="N", help="images per pass (default: 32)")
+    add_batch_size(group)
     group.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of the noise (default: 0)")
     group = parser.add_argument_group("result")
     group.add_argument("--save_path", "--out", dest="save_path", metavar="FOLDER",

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wanda_fast.cli.parser import Parser, model_name, share, whole
+from wanda_fast.cli.parser import Parser, add_batch_size, model_name, share, whole
 from wanda_fast.cli.terminal import Terminal, change, seconds, si, table
 from wanda_fast.errors import UserError
 from wanda_fast.publish import PublishError, check_repo_id, push
@@ -140,7 +140,7 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument("--device", metavar="DEVICE", help="cuda, cuda:1, cpu, ... (default: cuda if there, else cpu)")
     group.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "float32", "bfloat16", "float16"), default=None,
         help="number format of calibration and sampling; the weights keep the model's own (default: fp32)")  # fmt: skip
-    group.add_argument("--batch_size", type=whole(1), default=32, metavar="N", help="images per pass (default: 32)")
+    add_batch_size(group)
     group.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of everything random (default: 0)")
     group.add_argument("--num_samples", type=whole(0), default=16, metavar="N",
         help="images in the grids before and after, 0 for none (default: 16)")  # fmt: skip

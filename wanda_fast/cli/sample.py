@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from wanda_fast.cli.parser import Parser, whole
+from wanda_fast.cli.parser import Parser, add_batch_size, whole
 from wanda_fast.cli.terminal import Terminal, seconds
 from wanda_fast.errors import UserError
 
@@ -41,8 +41,7 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument("--device", metavar="DEVICE", help="cuda, cuda:1, cpu, ... (default: cuda if there, else cpu)")
     group.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "float32", "bfloat16", "float16"), default=None,
         help="number format of the forward passes (default: fp32)")  # fmt: skip
-    group.add_argument("--batch_size", type=whole(1), default=32, metavar="N",
-        help="images per pass; on a CPU the images do not depend on it (default: 32)")  # fmt: skip
+    add_batch_size(group, "; on a CPU the images do not depend on it")
     group.add_argument("--compile", action="store_true", help="torch.compile; pays from some thousand images on")
     group.add_argument("--json", action="store_true", help="print the result as one JSON object and nothing else")
     group.add_argument("--quiet", action="store_true", help="no progress bars and no notes, only the result")
@@ -60,6 +59,7 @@ def run(args: argparse.Namespace, out: Terminal) -> int:
 
     from wanda_fast import checkpoint, distributed, run_config, sample_folder, sampling
     from wanda_fast.pruning import _DTYPE_NAMES, DTYPES, check_device
+    from wanda_fast.smaller_batches import usual_batch_size
 
     together = distributed.ranks()
     device = check_device(args.device)
@@ -74,6 +74,7 @@ def run(args: argparse.Namespace, out: Terminal) -> int:
     sampling.make_stepper(scheduler, args.num_inference_steps, args.sampler)  # refuses too many steps
     if sampling.image_shape(unet)[0] not in (1, 3):
         raise UserError(f"{loaded.name}: draws {sampling.image_shape(unet)[0]} channels; a PNG has 1 or 3")
+    args.batch_size = args.batch_size or usual_batch_size(device, *sampling.image_shape(unet)[1:])
     unet.requires_grad_(False)
     if args.compile:
         unet.compile(dynamic=False)  # in place: the network stays what it is for all who look at its class
