@@ -551,7 +551,7 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     gpu = device.type == "cuda"
     defaults = {
-        "precision": ("fp16", "fp32"), "batch_size": (1000, 8), "feature_batch": (500, 32), "prune_batch": (128, 32), "speed_batch": (256, 8),
+        "precision": ("fp16", "fp32"), "batch_size": (1000, 8), "feature_batch": (500, 32), "prune_batch": (256, 32), "speed_batch": (256, 8),
     }  # fmt: skip
     for name, (on_gpu, on_cpu) in defaults.items():
         if getattr(args, name) is None:

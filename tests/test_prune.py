@@ -399,3 +399,12 @@ def test_a_backend_is_for_one_call_and_said_where_it_is_lacking(monkeypatch):
     if not ops.available_backends("cpu")["cpu"]:
         wanda_fast.prune(ratio=0.3, pruner="magnitude", split="uniform", dry_run=True, backend="cpu", log=lines.append)
         assert "backend cpu: not written for compact, which run on the best there is" in lines
+
+
+def test_the_seconds_of_a_stage_inside_another_count_once(monkeypatch):
+    clock = iter([0.0, 1.0, 4.0, 10.0])
+    monkeypatch.setattr(pruning.time, "perf_counter", lambda: next(clock))
+    stages = pruning._Stages(torch.device("cpu"))
+    with stages("repair"), stages("images"):
+        pass
+    assert stages.seconds == {"images": 3.0, "repair": 7.0}

@@ -339,15 +339,21 @@ class _Stages:
         self.device, self.seconds = device, {}  # type: ignore[var-annotated]
         self.memory: dict[str, dict[str, int | None]] = {}
         self._peak = PeakMemory(device)
+        self._inside = [0.0]  # seconds of the stages inside each one that is running: they do not count twice
 
     @contextmanager
     def __call__(self, name: str):
         start = time.perf_counter()
+        self._inside.append(0.0)
         self._peak.start()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
+        try:
+            yield
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        finally:
+            took, inside = time.perf_counter() - start, self._inside.pop()
+            self._inside[-1] += took
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + took - inside, 3)
         before, now = self.memory.get(name, {}), self._peak.stop()
         self.memory[name] = {where: max(filter(None, (before.get(where), n)), default=None) for where, n in now.items()}
 
