@@ -310,7 +310,8 @@ class Bench:
             "_compiled: the same under torch.compile(mode='reduce-overhead'), measured with --speed",
             "calib_steps": args.calib_steps,
             "repair_images": args.repair_images or "default",
-            "calibration": "the model's own samples: the bundled sheet, or 512 drawn with the row's seed",
+            "calibration": "the model's own samples: "
+            + ("the bundled sheet" if self.source is None else f"{args.calib_images} drawn with the row's seed"),
             "times": "of rows measured alone; rows measured beside other processes get theirs afterwards (--speed): eager speed once for all "
             "stock rows of one plan; prune_seconds for the default recipe at the main budget, calibration included, drawing its images not",
             "prune_seconds": "all stages of prune, load to save, without samples; drawing and calibration are those of the first row of "
