@@ -188,6 +188,14 @@ def test_too_few_images() -> None:
     assert all(r.held_before is None for r in report.layers)
 
 
+def test_the_summary_says_which_images_judge() -> None:
+    unet = random_unet(SMALL)
+    for images, where in ((7, "the images of the fit"), (8, "held-out images")):
+        dense, pruned, keep = prune(unet)
+        text = repair(dense, pruned, keep, noise(unet, images, seed=1)).summary()
+        assert text.endswith(f"on {where}") and " 0 -> 0 " not in text
+
+
 def test_bias_moves_the_mean_alone() -> None:
     unet = random_unet(SMALL)
     dense, pruned, keep = prune(unet)
@@ -243,9 +251,9 @@ def test_ridges_are_tried_down_to_the_best(images: int, weakest: float, monkeypa
     """Rows without noise want no ridge at all, the search goes to the end; noisy ones want a strong one, it stops early."""
     tried = []
 
-    def watch(xtx: Tensor, xtr: Tensor, ridge: float) -> tuple[Tensor, float, str]:
+    def watch(xtx: Tensor, xtr: Tensor, ridge: float, **options: bool) -> tuple[Tensor, float, str]:
         tried.append(ridge)
-        return solve_ridge(xtx, xtr, ridge)
+        return solve_ridge(xtx, xtr, ridge, **options)
 
     monkeypatch.setattr(module, "solve_ridge", watch)
     dense, pruned, keep = chain([0, 2, 3, 5])
@@ -380,6 +388,29 @@ def test_equals_a_float64_ridge_regression(
     errors = [float((w * (goal - x @ v).square()).sum() / spread) for v in (sliced, want)]
     assert [second.error_before, second.error_after] == pytest.approx(errors, rel=1e-4)
     assert second.rows == len(x) and second.unknowns == x.shape[1] - 1
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.1])
+def test_a_layer_without_a_bias_is_fitted_without_one(ridge: float) -> None:
+    """Its error is the one that is reported: no constant is fitted that the layer cannot add."""
+    dense, pruned, keep = chain([0, 2, 3, 5])
+    for m in (dense, pruned):
+        m.second.bias = None
+        m.first.bias += 2  # inputs far from a mean of zero
+    sliced = pruned.second.weight.flatten(1).t().double()
+    report = repair(dense, pruned, keep, inputs(), ridge=ridge, rows_per_unknown=math.inf)
+    x, goal, _ = rows_of(dense, pruned, inputs())
+    x = x[:, :-1]
+    penalty = ridge * float(x.square().sum(0).mean())
+    gram = x.t() @ x
+    gram.diagonal().add_(penalty)
+    want = torch.linalg.solve(gram, x.t() @ goal + penalty * sliced)
+    got = pruned.second.weight.flatten(1).t().double()
+    assert float((got - want).norm() / want.norm()) < 1e-5
+    second = next(r for r in report.layers if r.layer == "second")
+    spread = (goal - goal.mean(0)).square().sum()
+    errors = [float((goal - x @ v).square().sum() / spread) for v in (sliced, got)]
+    assert [second.error_before, second.error_after] == pytest.approx(errors, rel=1e-4)
 
 
 def second_layer(model: Chain) -> Tensor:

@@ -241,7 +241,7 @@ class _InPlace:
         before, held_before = sums.error(None, every), sums.held_error(None, every)
         best: tuple[float, Tensor | None, float, float | None, float | None, str] = (math.inf, None, before, held_before, None, "")
         for ridge in ridges:
-            delta, used, remark = solve_ridge(sums.xtx, sums.xtr, ridge)
+            delta, used, remark = solve_ridge(sums.xtx, sums.xtr, ridge, bias=bias is not None)
             after, held_after = sums.error(delta, every), sums.held_error(delta, every)
             judge = after if held_after is None else held_after
             if judge < best[0]:

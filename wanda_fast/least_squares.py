@@ -91,7 +91,7 @@ def _spread(n: Tensor, y: Tensor, yy: Tensor) -> Tensor:
     return torch.where(spread > 1e-12 * yy, spread, yy).sum().clamp_min(1e-300)
 
 
-def solve_ridge(xtx: Tensor, xtr: Tensor, ridge: float) -> tuple[Tensor, float, str]:
+def solve_ridge(xtx: Tensor, xtr: Tensor, ridge: float, *, bias: bool = True) -> tuple[Tensor, float, str]:
     """Δ that minimises ‖R - XΔ‖² + λ‖Δ‖², λ = ridge · mean diagonal of the centred XᵀX.
 
     The last column of X is ones; its coefficient is not penalised, hence "centred".
@@ -100,13 +100,14 @@ def solve_ridge(xtx: Tensor, xtr: Tensor, ridge: float) -> tuple[Tensor, float, 
         xtx: [K + 1, K + 1] float64.
         xtr: [K + 1, C] float64.
         ridge: at least 0.
+        bias: whether the layer has a bias that can take up the coefficient of the ones. Without one it is 0, and nothing is centred.
 
     Returns:
         Δ [K + 1, C], the ridge that was used, and a remark ("" if there is nothing to say). Where the matrix is not positive
         definite to rounding, the ridge is raised tenfold until it is.
     """
     n = xtx[-1, -1]
-    mean = xtx[-1, :-1] / n  # [K]
+    mean = xtx[-1, :-1] / n if bias else torch.zeros_like(xtx[-1, :-1])  # [K]
     gram = xtx[:-1, :-1] - torch.outer(mean, mean) * n
     rhs = xtr[:-1] - mean[:, None] * xtr[-1]
     diagonal = gram.diagonal().clamp_min(0)
@@ -130,5 +131,6 @@ def solve_ridge(xtx: Tensor, xtr: Tensor, ridge: float) -> tuple[Tensor, float, 
         delta[:-1] = torch.cholesky_solve(rhs, factor)
         if used != ridge:
             remarks.append(f"rank-deficient: ridge raised to {used:.0e}")
-    delta[-1] = (xtr[-1] - (mean * n) @ delta[:-1]) / n
+    if bias:
+        delta[-1] = (xtr[-1] - (mean * n) @ delta[:-1]) / n
     return delta, used, ", ".join(remarks)

@@ -95,11 +95,13 @@ class RepairReport:
         if self.method == "bias":
             return f"repair: {len(done)} biases corrected with {self.images} images in {self.seconds:.1f} s"
         exact = sum(r.status == "exact" for r in self.layers)
-        before = _geometric_mean([r.held_before for r in done])
-        after = _geometric_mean([r.held_after for r in done])
+        held = any(r.held_before is not None for r in done)  # fewer than 8 images leave none to judge by
+        before = _geometric_mean([r.held_before if held else r.error_before for r in done])
+        after = _geometric_mean([r.held_after if held else r.error_after for r in done])
+        where = "held-out images" if held or not done else "the images of the fit"
         return (
             f"repair: {len(done)} of {len(self.layers)} layers refitted ({exact} were exact) with {self.images} images in "
-            f"{self.seconds:.1f} s; typical layer error {before:.2g} -> {after:.2g} on held-out images"
+            f"{self.seconds:.1f} s; typical layer error {before:.2g} -> {after:.2g} on {where}"
         )
 
 
@@ -258,7 +260,8 @@ def _plan_stages(
         else:
             stage = _Stage("linear", [name], [(name, "in")])
             for other in order[i + 1 :]:
-                if isinstance(modules[name], nn.Linear) and received[other] is received[name] and other not in blocks:
+                together = isinstance(modules[name], nn.Linear) and received[other] is received[name] and other not in blocks
+                if together and (modules[name].bias is None) == (modules[other].bias is None):
                     stage.layers.append(other)
                 else:
                     break
@@ -664,6 +667,7 @@ class _Run:
         edges = [sum(outs[:i]) for i in range(len(outs) + 1)]
         groups = [slice(0, outs[0])] if stage.joint else [slice(a, b) for a, b in itertools.pairwise(edges)]
         sums = Sums(unknowns, groups[-1].stop, self.device)
+        bias = any(m.bias is not None for m in modules)  # those of a stage that is not joint have one all or none
         label = " + ".join(stage.layers)
         asked = False
         for record in records:
@@ -681,7 +685,7 @@ class _Run:
         tries: list[tuple[Tensor, float, str, list[float | None]]] = []
         best: list[float] = []
         for ridge in self.options.ridges:
-            delta, used, remark = solve_ridge(sums.xtx, sums.xtr, ridge)
+            delta, used, remark = solve_ridge(sums.xtx, sums.xtr, ridge, bias=bias)
             helds = [sums.held_error(delta, g) for g in groups]
             known = [h for h in helds if h is not None]
             # without images to judge by, the strongest pull towards the present weight
