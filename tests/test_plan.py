@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import random
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,15 @@ def quadratic_damage(problem: WidthProblem) -> dict[str, list[float]]:
         u: [(1 - sum(o.values()) / sum(options[-1].values())) ** 2 for o in options]
         for u, options in problem.options.items()
     }
+
+
+def test_heads_that_do_not_fill_their_level_need_the_free_layout() -> None:
+    """An attention head of 32 beside 48 channels: a stock configuration ties the two widths together."""
+    config = {**CONFIGS["heads"], "block_out_channels": (32, 48, 64), "attention_head_dim": 32}
+    with pytest.raises(UserError, match=r"level 1 has 48 channels and down_blocks.1.attentions.0.to_q has 32.* free layout"):
+        problem_of(config, "stock", "free")
+    problem = problem_of(config, "free", "free", align=4)
+    assert problem.removed(uniform_widths(problem, Target(ratio=0.25))) == pytest.approx(0.25, abs=0.05)
 
 
 def test_published_target_lands_on_the_published_widths() -> None:
@@ -148,6 +159,38 @@ def test_sensitive_units_keep_their_width() -> None:
 def test_uniform_ratio_is_the_nearest_legal_one(asked: float) -> None:
     problem = problem_of(CIFAR32, "free", "free", align=8)
     assert problem.removed(uniform_widths(problem, Target(ratio=asked))) == pytest.approx(asked, abs=1 / 32)
+
+
+@pytest.mark.parametrize(("policy", "seed"), [("free", 31), ("groups", 0)])
+def test_the_greedy_search_ends_at_legal_widths(policy: str, seed: int) -> None:
+    """Six levels are too many for the complete search; it would end at (112, 64, 64, 256, 448, 496), where stock diffusers drops
+    a shortcut, and at group counts that differ from level to level.
+    """
+    problem = problem_of(WIDE256, "stock", policy, shortcuts=True)
+    draw = random.Random(seed)
+    scale = {u: math.exp(draw.gauss(0, 1.5)) for u in problem.options}
+    power = {u: draw.uniform(1, 3) for u in problem.options}
+    damage = {u: [scale[u] * d ** (power[u] / 2) for d in row] for u, row in quadratic_damage(problem).items()}
+    dense_macs = problem.sizes({})[1]
+    for target in (Target(macs=int(0.56 * dense_macs)), Target(ratio=0.44)):
+        widths = sensitive_widths(problem, target, damage)
+        assert problem.legal(widths), level_widths(problem, widths)
+        assert 0.2 * dense_macs < problem.sizes(widths)[1] <= 0.56 * dense_macs
+
+
+def test_a_refusal_names_a_legal_network() -> None:
+    """Least widths everywhere would be (16, 16), which stock diffusers cannot express; the text must not offer their size."""
+    config = {**CONFIGS["plain"], "block_out_channels": (16, 32), "sample_size": 8}
+    config |= {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    problem = problem_of(config, "stock", "free")
+    least = problem.widths(dict.fromkeys(problem.options, 0))
+    assert not problem.legal(least)
+    for choose in (uniform_widths, lambda p, t: sensitive_widths(p, t, quadratic_damage(p))):
+        asked = problem.sizes(least)[1] + 1
+        with pytest.raises(UserError, match="cannot be reached") as refusal:
+            choose(problem, Target(macs=asked))
+        named = int(str(refusal.value).split()[-2].replace(",", ""))
+        assert named > asked
 
 
 def test_unreachable_budget_names_the_smallest_network() -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -348,14 +349,26 @@ def _meets(problem: WidthProblem, target: Target, widths: dict[str, int]) -> boo
     return (target.macs is None or macs <= target.macs) and (target.params is None or params <= target.params)
 
 
-def _unreachable(problem: WidthProblem, target: Target) -> UserError:
-    smallest = problem.widths(dict.fromkeys(problem.options, 0))
+def _unreachable(problem: WidthProblem, target: Target, candidates: Sequence[dict[str, int]]) -> UserError:
+    """The refusal of a budget, with the size of the smallest of these legal assignments."""
+    which = 1 if target.macs is not None else 0
+    smallest = min(candidates, key=lambda widths: problem.sizes(widths)[which])
     params, macs = problem.sizes(smallest)
     asked = f"{target.macs:,} MACs" if target.macs is not None else f"{target.params:,} parameters"
     return UserError(
-        f"{asked} cannot be reached: the smallest legal network of this layout and norm policy has about "
+        f"{asked} cannot be reached: the smallest legal network of this layout, norm policy and split has about "
         f"{params:,} parameters and {macs:,} MACs"
     )
+
+
+def _smallest(problem: WidthProblem) -> list[dict[str, int]]:
+    """Legal assignments of few channels. Least widths everywhere need not be legal: levels of the stock layout must differ."""
+    least = problem.widths(dict.fromkeys(problem.options, 0))
+    if problem.legal(least) or math.prod(len(o) for o in problem.options.values()) > _COMPLETE:
+        return [least]
+    channels = {u: [float(sum(o.values())) for o in options] for u, options in problem.options.items()}
+    ranked = _ranked(problem, channels, lambda params, macs, gone: torch.ones_like(gone, dtype=torch.bool))
+    return list(itertools.islice((w for w in ranked if problem.legal(w)), 64))
 
 
 def uniform_widths(problem: WidthProblem, target: Target) -> dict[str, int]:
@@ -366,21 +379,25 @@ def uniform_widths(problem: WidthProblem, target: Target) -> dict[str, int]:
     Raises:
         UserError: no legal assignment meets the budget.
     """
-    found: dict[tuple[tuple[str, int], ...], dict[str, int]] = {}
+    legal = [problem.widths(choice) for choice in _even_choices(problem)]
+    if target.ratio is not None:
+        return min(legal, key=lambda w: (round(abs(problem.removed(w) - target.ratio), 9), problem.removed(w)))  # type: ignore[operator]
+    fitting = [w for w in legal if _meets(problem, target, w)]
+    if not fitting:
+        raise _unreachable(problem, target, legal)
+    return max(fitting, key=lambda w: problem.sizes(w)[1 if target.macs is not None else 0])
+
+
+def _even_choices(problem: WidthProblem) -> list[dict[str, int]]:
+    """Legal choices (option per unit) that keep about the same share of every unit, by rising share."""
+    found: dict[tuple[int, ...], dict[str, int]] = {}
     for share in (i / 400 for i in range(1, 401)):
         choice = {}
         for unit, options in problem.options.items():
             whole = sum(options[-1].values())
             choice[unit] = min(range(len(options)), key=lambda i: (abs(sum(options[i].values()) / whole - share), -i))
-        widths = problem.widths(choice)
-        found.setdefault(tuple(sorted(widths.items())), widths)
-    legal = [w for w in found.values() if problem.legal(w)]
-    if target.ratio is not None:
-        return min(legal, key=lambda w: (round(abs(problem.removed(w) - target.ratio), 9), problem.removed(w)))  # type: ignore[operator]
-    fitting = [w for w in legal if _meets(problem, target, w)]
-    if not fitting:
-        raise _unreachable(problem, target)
-    return max(fitting, key=lambda w: problem.sizes(w)[1 if target.macs is not None else 0])
+        found.setdefault(tuple(choice.values()), choice)
+    return [choice for choice in found.values() if problem.legal(problem.widths(choice))]
 
 
 def sensitive_widths(
@@ -421,7 +438,7 @@ def sensitive_widths(
         smallest = problem.widths(dict.fromkeys(problem.options, 0))
         found = smallest if problem.legal(smallest) else uniform_widths(problem, target)
     if found is None:
-        raise _unreachable(problem, target)
+        raise _unreachable(problem, target, _smallest(problem))
     return found
 
 
@@ -477,6 +494,21 @@ def _least_damage(
         choice[unit] = step_to[unit]
         over = excess(problem.widths(choice))
         heapq.heappush(queue, (price(unit) if over > 0 else math.inf, n, unit))
+    if not problem.legal(problem.widths(choice)):
+        # Such as two levels that must differ: the least harmful of the legal choices a few steps down, or else an even one.
+        smaller: list[dict[str, int]] = []
+        for count in (1, 2):
+            if not smaller:
+                smaller = [
+                    changed
+                    for some in itertools.combinations(units, count)
+                    for indices in itertools.product(*(range(max(0, choice[u] - 4), choice[u]) for u in some))
+                    if problem.legal(problem.widths(changed := {**choice, **dict(zip(some, indices, strict=True))}))
+                ]
+        smaller = smaller or [even for even in _even_choices(problem) if excess(problem.widths(even)) == 0]
+        if not smaller:
+            return None
+        choice = min(smaller, key=lambda c: sum(damage[u][c[u]] for u in units))
     for u in sorted(units, key=lambda u: -damage[u][choice[u]]):
         for index in range(len(problem.options[u]) - 1, choice[u], -1):
             widths = problem.widths({**choice, u: index})
@@ -566,6 +598,10 @@ def stock_problem(
     for run in runs.values():
         names = list(dict.fromkeys(n for level in run for n in by_level[level]))
         width = channels[run[0]]
+        odd = next((n for n in names if slots.slots[n].width != width), None)
+        if odd is not None:  # of an attention whose heads do not fill its level
+            raise UserError(f"level {run[0]} has {width} channels and {odd} has {slots.slots[odd].width} (attention_head_dim {head_dim}): "
+                            "only the free layout can express other widths there")  # fmt: skip
         counts = set(range(1, width + 1))
         for name in names:
             counts &= set(legal_counts(slots, name, policy, "stock", align, min_width))
