@@ -218,6 +218,16 @@ def test_half_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
+@pytest.mark.parametrize(
+    "name, value", [("WANDA_FAST_TIMEOUT", v) for v in ("inf", "nan", "0", "-3", "1e12", "soon")] + [("RANK", "2"), ("WORLD_SIZE", "-2")]
+)
+def test_a_malformed_launch_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    for given in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", name: value}.items():
+        monkeypatch.setenv(*given)
+    with pytest.raises(UserError, match="the launcher's environment is malformed"), distributed.joined():
+        pass
+
+
 def test_other_commands_run_in_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from wanda_fast.cli import main
 
@@ -239,6 +249,14 @@ def test_an_unfinished_run_of_other_settings_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.unfinished" / "photo.png").write_bytes(b"")
     with pytest.raises(UserError, match="is not an unfinished run"):
         resume.Unfinished(tmp_path / "other", {})
+
+
+def test_a_process_that_does_not_see_the_shared_folder_says_so(tmp_path: Path) -> None:
+    """As on a second machine with disks of its own: it would have redone layers while the others waited for its sums."""
+    with pytest.raises(UserError, match="a folder that they share"):
+        resume.Unfinished(tmp_path / "out", {"seed": 0}, write=False)
+    resume.Unfinished(tmp_path / "out", {"seed": 0})
+    assert resume.Unfinished(tmp_path / "out", {"seed": 0}, write=False).found
 
 
 def test_damaged_state_is_told(model: Path, tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
-from conditioned import random_network
+from conditioned import CONDITIONED, random_network
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 from safetensors.torch import save_file
 from torch import Tensor
@@ -136,6 +137,15 @@ def test_bad_prompts_are_refused(tmp_path: Path) -> None:
     refused("unknown entry prompts", prompts=torch.zeros(1))
     refused("is nothing that this DiTTransformer2DModel takes", net=random_network("dit"))
     refused("another length", negative_prompt_embeds=torch.zeros(1, 5, 24))
+    refused("prompt_attention_mask is for 5 tokens, prompt_embeds has 7", prompt_attention_mask=torch.ones(3, 5))
+    refused("negative_prompt_attention_mask has another length", prompt_attention_mask=torch.ones(3, 7),
+            negative_prompt_attention_mask=torch.ones(1, 5))  # fmt: skip
+    refused("has negative_prompt_attention_mask and no prompt_attention_mask", negative_prompt_attention_mask=torch.ones(1, 7))
+    refused("pooled_prompt_embeds has 2 rows, prompt_embeds has 3", pooled_prompt_embeds=torch.zeros(2, 20))
+    refused("prompt_attention_mask has 2 rows", prompt_attention_mask=torch.ones(2, 7))
+    refused("negative_pooled_prompt_embeds has 3 rows, negative_prompt_embeds has 1", negative_pooled_prompt_embeds=torch.zeros(3, 20))
+    refused("time_ids has 2 rows", time_ids=torch.zeros(2, 6))
+    Prompts.load(prompt_file(tmp_path, time_ids=torch.zeros(1, 6))).check(network)  # one for all prompts
     (tmp_path / "bad.safetensors").write_bytes(b"no")
     with pytest.raises(UserError, match="cannot be read"):
         Prompts.load(tmp_path / "bad.safetensors")
@@ -143,6 +153,23 @@ def test_bad_prompts_are_refused(tmp_path: Path) -> None:
         prune(prompt_embeds=str(prompt_file(tmp_path)), dry_run=True, device="cpu")
     with pytest.raises(UserError, match="guidance scale"):
         prune(guidance_scale=-1.0, dry_run=True)
+
+
+def test_an_unconditional_half_without_a_mask_sees_every_token(tmp_path: Path) -> None:
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0]]).expand(3, 7).contiguous()
+    prompts = Prompts.load(prompt_file(tmp_path, prompt_attention_mask=mask), guidance=2.0)
+    for t in (mask, mask.bool(), mask.half()):
+        prompts.tensors["prompt_attention_mask"] = t
+        found = prompts.pick(input_spec(random_network("sdxl")), [0, 0], [False, True], 0, "cpu")["encoder_attention_mask"]
+        assert found.tolist() == [[1] * 7, [1, 1, 1, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("option", [{"dual_cross_attention": True}, {"attention_type": "gated"}], ids=str)
+def test_networks_with_inputs_of_their_own_are_refused(option: dict[str, Any]) -> None:
+    kind, config = CONDITIONED["sd15"]
+    network = getattr(diffusers, kind)(**{**config, **option})
+    with pytest.raises(UserError, match=f"{next(iter(option))} .* is not supported"):
+        input_spec(network)
 
 
 def test_prune_a_bare_folder(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .stats import ActivationStats
 
 TIMEOUT = 1800.0  # seconds that a rank waits for the others
+_LONGEST = 10**8  # three years; below what overflows in the libraries underneath
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -146,7 +147,12 @@ def joined() -> Iterator[Ranks]:
     try:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         local = int(os.environ.get("LOCAL_RANK", rank))
-        timeout = timedelta(seconds=float(os.environ.get("WANDA_FAST_TIMEOUT", TIMEOUT)))
+        seconds = float(os.environ.get("WANDA_FAST_TIMEOUT") or TIMEOUT)
+        if not 0 < seconds <= _LONGEST:
+            raise ValueError(f"WANDA_FAST_TIMEOUT is {seconds:g}, and must be more than 0 and at most {_LONGEST} seconds")
+        if not 0 <= rank < size:
+            raise ValueError(f"RANK is {rank} where WORLD_SIZE is {size}")
+        timeout = timedelta(seconds=seconds)
     except ValueError as error:
         raise UserError(f"the launcher's environment is malformed: {error}") from None
     backend = "gloo"

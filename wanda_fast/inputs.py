@@ -79,6 +79,8 @@ def input_spec(model: nn.Module) -> InputSpec:
         ("addition_embed_type", (None, "text_time")),
         ("class_embed_type", (None,)),
         ("time_cond_proj_dim", (None,)),
+        ("dual_cross_attention", (None, False)),  # two texts at once
+        ("attention_type", (None, "default")),  # "gated": boxes of GLIGEN
     ):
         if config.get(option) not in known:
             raise UserError(f"UNet2DConditionModel with {option} {config.get(option)!r} is not supported")
@@ -178,8 +180,27 @@ class Prompts:
                 raise UserError(f"{where}: has no {name}")
         for name in _NEGATIVES:
             a, b = self.tensors.get(name), self.tensors.get(f"negative_{name}")
-            if a is not None and b is not None and a.dim() > 2 and a.shape[1] != b.shape[1]:
+            if a is None and b is not None:
+                raise UserError(f"{where}: has negative_{name} and no {name}")
+            if a is not None and b is not None and a.shape[1] != b.shape[1]:
                 raise UserError(f"{where}: negative_{name} has another length than {name}")
+        for first in ("prompt_embeds", "negative_prompt_embeds"):
+            self._check_rows(where, first)
+
+    def _check_rows(self, where: str, first: str) -> None:
+        """Refuse entries that do not say the same number of prompts, or of tokens, as `first` does."""
+        prompts = self.tensors.get(first)
+        if prompts is None:
+            return
+        before = first.removesuffix("prompt_embeds")
+        mask = self.tensors.get(f"{before}prompt_attention_mask")
+        if mask is not None and mask.shape[1] != prompts.shape[1]:
+            raise UserError(f"{where}: {before}prompt_attention_mask is for {mask.shape[1]} tokens, {first} has {prompts.shape[1]}")
+        of_each = [f"{before}pooled_prompt_embeds", f"{before}prompt_attention_mask"]
+        for name in (*of_each, *(() if before else ("time_ids", "class_labels"))):
+            rows = len(self.tensors.get(name, prompts))
+            if rows != len(prompts) and (name in of_each or rows != 1):
+                raise UserError(f"{where}: {name} has {rows} rows, {first} has {len(prompts)}")
 
     def describe(self) -> str:
         """One phrase for the report."""
@@ -213,8 +234,9 @@ class Prompts:
                 return values
             negative = self.tensors.get(f"negative_{name}")
             for k, yes in enumerate(guided):
-                if not yes:  # without a negative prompt the embedding is zero, as pipelines do
-                    values[k] = 0 if negative is None else negative[indices[k] % len(negative)].to(values)
+                if not yes:  # without a negative prompt the embedding is zero, as pipelines do; all of it is then looked at
+                    usual = int(name == "prompt_attention_mask")
+                    values[k] = usual if negative is None else negative[indices[k] % len(negative)].to(values)
             return values
 
         if spec.tokens is not None:

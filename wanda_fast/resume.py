@@ -38,10 +38,10 @@ class Unfinished:
     Args:
         target: folder that the run will write; this one is `target` + ".unfinished".
         key: settings that decide about the result, JSON values; what was begun with others is refused.
-        write: whether this process may write (of several, one).
+        write: whether this process begins the folder (of several, one; the others come when it is there).
 
     Raises:
-        UserError: the folder belongs to a run with other settings (names the first), or is none of ours.
+        UserError: the folder belongs to a run with other settings (names the first), is none of ours, or cannot be seen from here.
     """
 
     def __init__(self, target: str | os.PathLike[str], key: Mapping[str, Any], *, write: bool = True) -> None:
@@ -75,6 +75,8 @@ class Unfinished:
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_file(file) as temp:
                 temp.write_text(json.dumps({"format": FORMAT, "key": dict(key)}, indent=1) + "\n", encoding="utf-8")
+        else:
+            raise UserError(f"{self.folder} cannot be seen from here: to resume on several machines, write to a folder that they share")
 
     @property
     def plan(self) -> Path:
