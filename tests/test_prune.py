@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from networks import PLAIN, random_unet
 from PIL import Image
 from runs import FAST, ROOT, TINY, tree
 from runs import one_thread as one_thread
@@ -289,6 +290,34 @@ def test_least_squares_repair_lowers_the_error_of_the_predicted_noise(made):
     assert repaired.repair.method == "lstsq" and made.repair is None
 
 
+def test_a_network_of_four_channels_is_pruned_without_pictures(tmp_path):
+    """A picture of its samples cannot be saved, and that must not come out at the very end."""
+    unet = random_unet({**PLAIN, "sample_size": 8, "in_channels": 4, "out_channels": 4})
+    said: list[str] = []
+    options = {**TINY, "num_samples": 2, "calib_steps": 2}
+    result = wanda_fast.prune(DDPMPipeline(unet=unet, scheduler=DDPMScheduler()), save_path=tmp_path / "out", log=said.append, **options)
+    assert "no sample grids: a picture has 1 or 3 channels, this network has 4" in said
+    assert not list((tmp_path / "out" / "vis").iterdir()) and result.report["reached"]["ratio"] > 0
+
+
+def test_networks_and_schedulers_that_cannot_be_run_are_refused_in_one_line():
+    odd = DDPMPipeline(unet=random_unet({**PLAIN, "sample_size": 9}), scheduler=DDPMScheduler())
+    with pytest.raises(UserError, match="does not run on images of its own sample_size, 9 x 9"):
+        wanda_fast.prune(odd, **FAST)
+    flow = DDPMPipeline(unet=random_unet({**PLAIN, "sample_size": 8}), scheduler=FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler has no alphas_cumprod"):
+        wanda_fast.prune(flow, **FAST)
+
+
+@pytest.mark.parametrize("pruner", ["wanda-diff", "lstsq-residual"])
+def test_a_network_with_a_timestep_like_class_embedding(pruner):
+    pipeline = DDPMPipeline(unet=random_unet({**PLAIN, "sample_size": 8, "class_embed_type": "timestep"}), scheduler=DDPMScheduler())
+    options = {**TINY, "num_samples": 0, "split": "sensitivity", "pruner": pruner, "calib_steps": 4, "repair": "lstsq", "repair_images": 8}
+    result = wanda_fast.prune(pipeline, **options)
+    assert len(result.plan.keep["class_embedding.linear_1"]) == len(result.plan.keep["time_embedding.linear_1"])
+    assert "class_embedding.linear_2" in {r.layer for r in result.repair.layers if r.accepted}
+
+
 def test_works_inside_inference_mode(small):
     options = {**TINY, "num_samples": 0, "split": "sensitivity"}
     with torch.inference_mode():
@@ -408,3 +437,8 @@ def test_the_seconds_of_a_stage_inside_another_count_once(monkeypatch):
     with stages("repair"), stages("images"):
         pass
     assert stages.seconds == {"images": 3.0, "repair": 7.0}
+
+
+def test_bins_that_hold_one_image_each_are_still_bins():
+    report = wanda_fast.prune(ratio=0.3, split="uniform", calib_steps=6, batch_size=4, stats_memory="1K", repair="none", dry_run=True).report
+    assert report["reached"]["ratio"] > 0.2

@@ -85,6 +85,11 @@ def test_class_conditional_and_one_channel(scheduler: DDPMScheduler) -> None:
     assert again is not None and torch.equal(again, labels[[5, 3]])
 
 
+def test_labels_like_timesteps_fit_a_learned_embedding() -> None:
+    learned = {"class_embed_type": "timestep", "time_embedding_type": "learned", "num_train_timesteps": 10}
+    assert sample(random_unet({**TINY, **learned}), DDPMScheduler(num_train_timesteps=10), 16, steps=2).shape == (16, 8, 8, 3)
+
+
 def test_none_bfloat16_and_the_progress_bar(
     unet: nn.Module, scheduler: DDPMScheduler, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -60,6 +60,19 @@ def test_gain_predicts_the_error_of_small_noise() -> None:
         assert predicted == pytest.approx(error / samples, rel=0.25), layer
 
 
+@pytest.mark.parametrize("name", ["classes", "class_timestep"])
+def test_layers_of_a_class_embedding_are_studied_too(name: str) -> None:
+    """They see no image: what flows back to them starts at their own first layer."""
+    unet = random_unet(name)
+    layers = [n for n in ("class_embedding.linear_1", "class_embedding.linear_2") if name == "class_timestep"]
+    layers += ["time_embedding.linear_2", "up_blocks.0.resnets.0.time_emb_proj"]
+    studies, _ = study_layers(unet, batches_of(unet), layers)
+    assert all(float(studies[n].gain.sum()) > 0 for n in layers)
+    if name == "class_timestep":  # both embeddings are added up, so an error of either does the same
+        torch.testing.assert_close(studies["class_embedding.linear_2"].gain, studies["time_embedding.linear_2"].gain)
+    assert not any(p.requires_grad for p in unet.parameters())
+
+
 def test_copied_channels_cost_nothing_to_remove() -> None:
     g = torch.Generator().manual_seed(0)
     base = torch.randn(500, 3, generator=g, dtype=torch.float64)
@@ -134,3 +147,17 @@ def test_image_weight_moves_the_image_alike_whatever_the_network_predicts() -> N
     assert image_weight(alphas, least=0.1)(t).min() == 0.1
     with pytest.raises(ValueError, match="'velocity'"):
         image_weight(alphas, prediction_type="velocity")
+
+
+def test_a_network_that_predicts_zeros_has_no_damage() -> None:
+    unet = random_unet("plain")
+    unet.conv_out.weight.zero_()
+    unet.conv_out.bias.zero_()
+    slots = find_slots(unet)
+    problem = free_problem(slots, cost_model(unet, slots), "free", 16, 8)
+
+    def first(widths: dict[str, int]) -> dict[str, torch.Tensor]:
+        return {n: torch.arange(c) for n, c in widths.items()}
+
+    table = damage_table(unet, slots, problem, first, batches_of(unet))
+    assert all(value == 0 for row in table.values() for value in row)

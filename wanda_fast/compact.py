@@ -306,6 +306,9 @@ def cost_model(unet: UNet2DModel, slots: SlotMap) -> CostModel:
     """Parameters and MACs as a function of the slots' widths, for one image of the configuration's sample size.
 
     The number of output positions of every layer is read off a forward pass on the meta device.
+
+    Raises:
+        UserError: the network cannot run on images of that size.
     """
     if is_inner(unet):
         return _inner_costs(unet, slots)
@@ -341,7 +344,11 @@ def cost_model(unet: UNet2DModel, slots: SlotMap) -> CostModel:
             labels = torch.zeros(1, dtype=torch.int64, device="meta")
             if isinstance(twin.class_embedding, nn.Identity):
                 labels = torch.empty(1, twin.time_embedding.linear_2.out_features, device="meta")
-        twin(sample, torch.zeros(1, dtype=torch.int64, device="meta"), class_labels=labels)
+        try:
+            twin(sample, torch.zeros(1, dtype=torch.int64, device="meta"), class_labels=labels)
+        except RuntimeError as error:  # such as a size that does not come back after halving and doubling
+            why = str(error).splitlines()[0]
+            raise UserError(f"the network does not run on images of its own sample_size, {height} x {width}: {why}") from None
     for handle in handles:
         handle.remove()
     norms = {name: channels for name, (_, channels) in slots.norms.items()}

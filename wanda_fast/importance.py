@@ -173,9 +173,10 @@ class WandaDiff(Criterion):
 class Taylor(Criterion):
     """S = |Σ w · ∂L/∂w| over a row or column: what first order says the loss changes when these weights become zero.
 
-    L is the noise-prediction loss summed over all timesteps. This is the baseline "taylor" of Diff-Pruning's published code,
-    torch-pruning's `TaylorImportance(multivariable=True)`: a signed sum per layer, then its absolute value, then the plain mean over
-    all layers that write or read the channel. Weights alone count, biases and norms do not.
+    L is the noise-prediction loss summed over all timesteps (the loss of v or x₀ where the network predicts these). This is the
+    baseline "taylor" of Diff-Pruning's published code, torch-pruning's `TaylorImportance(multivariable=True)`: a signed sum per
+    layer, then its absolute value, then the plain mean over all layers that write or read the channel. Weights alone count, biases
+    and norms do not.
 
     Source: Molchanov et al. 2019, arXiv:1906.10771, equation 8 without the square; Fang et al. 2023, arXiv:2305.10924.
     """

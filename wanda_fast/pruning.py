@@ -483,6 +483,8 @@ class _Run:
                 unet = getattr(model, "unet", None) or getattr(model, "transformer", None)
                 if unet is None or getattr(model, "scheduler", None) is None:
                     raise UserError(f"{type(model).__name__} is not a pipeline with a unet and a scheduler")
+                if not isinstance(getattr(model.scheduler, "alphas_cumprod", None), Tensor):
+                    raise UserError(f"{type(model.scheduler).__name__} has no alphas_cumprod; only schedulers of the DDPM family are supported")
                 self.saved_dtype = next(unet.parameters()).dtype
                 # nn.Module.to, here and below: the override of diffusers warns about a choice that is not made here
                 self.unet = nn.Module.to(copy.deepcopy(unet), device=self.device, dtype=torch.float32)
@@ -517,6 +519,10 @@ class _Run:
             for name in ("prompt_embeds", "guidance_scale"):
                 if getattr(o, name) is not None:
                     raise UserError(f"{name} is for networks that read prompts or classes; {self.name} is none")
+            channels = int(self.unet.config["in_channels"])
+            if o.num_samples and channels not in (1, 3):
+                self.log(f"no sample grids: a picture has 1 or 3 channels, this network has {channels}")
+                self.options = replace(o, num_samples=0)
             return
         if self.criterion_needs_images():
             raise UserError(f"the pruner {o.pruner} needs images, and {type(self.unet).__name__} works on latents")

@@ -360,7 +360,9 @@ def class_labels(
     if getattr(unet, "class_embedding", None) is None:
         return None
     # class_embed_type "timestep" embeds a number as a timestep is embedded; its useful range is that of the timesteps.
-    count = 1000 if config.get("class_embed_type") == "timestep" else int(config["num_class_embeds"])
+    # A learned embedding of timesteps holds so many of them.
+    numbers = int(config.get("num_train_timesteps") or 1000)
+    count = numbers if config.get("class_embed_type") == "timestep" else int(config["num_class_embeds"])
     draws = [int(torch.randint(count, (1,), generator=generator(seed, "label", int(i)))) for i in indices]
     return torch.tensor(draws, dtype=torch.int64, device=device)
 

@@ -149,9 +149,9 @@ def study_layers(
         with torch.enable_grad():
             for x, t, labels in batches:
                 probe_like = x.detach().requires_grad_(True)
-                # Time-embedding layers do not see x: let their graph start at the weights, which stay frozen otherwise.
-                # (Conditioned networks are studied inside their blocks alone, where everything sees x.)
-                starts = [] if is_conditioned(unet) else [unet.time_embedding.linear_1.bias]
+                # Layers of the time and class embedding do not see x: let their graph start at the weights, which stay frozen
+                # otherwise. (Conditioned networks are studied inside their blocks alone, where everything sees x.)
+                starts = [] if is_conditioned(unet) else _embedding_starts(unet)
                 frozen = [bool(start.requires_grad) for start in starts]
                 for start in starts:
                     start.requires_grad_(True)
@@ -175,6 +175,12 @@ def study_layers(
             raise RuntimeError(f"{name}: the activations are not finite")
         studies[name] = LayerStudy(covariance, gains[name] / samples)
     return studies, energy / samples
+
+
+def _embedding_starts(unet: Any) -> list[Tensor]:
+    """Biases of the first layers of the time embedding and of a class embedding that is made like it."""
+    embeddings: tuple[Any, ...] = (unet.time_embedding, getattr(unet, "class_embedding", None))
+    return [e.linear_1.bias for e in embeddings if hasattr(e, "linear_1")]
 
 
 def removal_error(study: LayerStudy, weight: Tensor, removed: Tensor) -> Tensor:
@@ -216,6 +222,7 @@ def damage_table(
     single = [a for a, (_, _, heads, _) in slots.attentions.items() if heads == 1]
     attention = {part for a in single for part in (f"{a}.to_q", f"{a}.to_k")}
     studies, energy = study_layers(unet, batches, [*sorted(readers), *sorted(attention - readers)], weight=weight, seed=seed)
+    energy = energy or 1.0  # a network that predicts nothing but zeros has nothing to damage
     cache: dict[tuple[str, int], float] = {}
 
     def slot_damage(name: str, count: int, keep: Tensor) -> float:

@@ -120,7 +120,7 @@ class ActivationStats:
     @property
     def per_sample(self) -> bool:
         """Whether each row is one sample, so that every activation strategy can be applied."""
-        return bool((self.counts == 1).all())
+        return bool((self.samples >= 0).all())  # counts do not tell: a bin may hold one sample
 
     def check_model(self, unet: nn.Module) -> None:
         """Refuse the statistics of another network.

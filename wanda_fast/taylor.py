@@ -1,6 +1,7 @@
 """Gradients of the noise-prediction loss, summed over timesteps: what the criteria `taylor` and `diff-pruning` need.
 
-L_t = mean (ε_θ(x_t, t) - ε)² over the images and elements at timestep t, x_t = √ᾱ_t x₀ + √(1-ᾱ_t) ε. The timesteps are
+L_t = mean (ε_θ(x_t, t) - ε)² over the images and elements at timestep t, x_t = √ᾱ_t x₀ + √(1-ᾱ_t) ε. (A network that predicts
+v = √ᾱ_t ε - √(1-ᾱ_t) x₀ or x₀ itself is held to that in place of ε, by its scheduler's `prediction_type`.) The timesteps are
 visited in rising order, from clean to noisy, and Σ_t ∂L_t/∂w is accumulated in `.grad`; with a threshold the sum ends at
 the first timestep whose loss is no more than this share of the largest loss so far, since L_t / L_max > thr defines the
 timesteps that count.
@@ -21,18 +22,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .errors import UserError
 from .sampling import channels_last, class_labels, evaluating, image_shape, noise, predict, to_float
 
 _IMAGES_PER_TIMESTEP = 16  # enough for a loss within some 10 %; what is left over buys more timesteps
 
 
 class Noised(NamedTuple):
-    """x_t [N, C, H, W] float32, t [N] int64, labels [N] int64 or None, and the noise [N, C, H, W] in x_t; on one device."""
+    """x_t [N, C, H, W] float32, t [N] int64, labels [N] int64 or None, the noise [N, C, H, W] in x_t, and what the network is
+    to predict there (None: that noise); on one device.
+    """
 
     x: Tensor
     t: Tensor
     labels: Tensor | None
     noise: Tensor
+    target: Tensor | None = None
 
 
 class NoisedImages:
@@ -45,6 +50,9 @@ class NoisedImages:
     def __init__(self, unet: nn.Module, scheduler: Any, images: Tensor, *, seed: int = 0) -> None:
         self.unet, self.images, self.seed = unet, images, seed
         self.alphas = scheduler.alphas_cumprod.to("cpu", torch.float64)
+        self.kind = str(scheduler.config.get("prediction_type", "epsilon"))
+        if self.kind not in ("epsilon", "v_prediction", "sample"):
+            raise UserError(f"unsupported prediction type {self.kind!r} of the scheduler.")
 
     def __call__(self, samples: Tensor, t: Tensor) -> Noised:
         """The noised images of these samples.
@@ -56,8 +64,11 @@ class NoisedImages:
         device = next(self.unet.parameters()).device
         eps = noise(image_shape(self.unet), samples.tolist(), self.seed, "calibration")
         signal, blur = (v.sqrt().float().view(-1, 1, 1, 1) for v in (self.alphas[t], 1 - self.alphas[t]))
-        x = signal * to_float(self.images[samples % len(self.images)]) + blur * eps
-        return Noised(x.to(device), t.to(device), class_labels(self.unet, samples.tolist(), self.seed, device), eps.to(device))
+        clean = to_float(self.images[samples % len(self.images)])
+        x = signal * clean + blur * eps
+        target = {"epsilon": eps, "v_prediction": signal * eps - blur * clean, "sample": clean}[self.kind]
+        labels = class_labels(self.unet, samples.tolist(), self.seed, device)
+        return Noised(x.to(device), t.to(device), labels, eps.to(device), target.to(device))
 
 
 @dataclass
@@ -131,7 +142,8 @@ def loss_gradients(
             def loss_of(samples: Tensor, t: int = t) -> Tensor:
                 batch = noised(samples, torch.full((len(samples),), t, dtype=torch.int64))
                 out = predict(unet, batch.x, batch.t, batch.labels)
-                return F.mse_loss(out, batch.noise.float()) * (len(samples) / each)
+                target = batch.noise if batch.target is None else batch.target
+                return F.mse_loss(out, target.float()) * (len(samples) / each)
 
             if len(chunks) == 1:
                 part = loss_of(chunks[0])
