@@ -14,6 +14,7 @@ from benchmarks import table
 from benchmarks.quality import MAIN_BUDGET, OURS, RESULTS, ROOT, WEIGHTED, Row, key, read_results
 
 CPU_RESULTS = RESULTS.with_name("quality-cpu.json")
+LARGE_CPU_RESULTS = RESULTS.with_name("quality-large-cpu.json")  # other budgets of the large network, of few images; not in README's table
 FULL = ROOT / "benchmarks" / "results" / "quality.md"
 BEGIN, END = "<!-- quality table: begin -->", "<!-- quality table: end -->"
 
@@ -141,8 +142,8 @@ def brief(found: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*_lines(named, "network, criterion", IN_README), "", " ".join(heads)])
 
 
-def _results() -> list[dict[str, Any]]:
-    return [found for file in (RESULTS, CPU_RESULTS) if (found := read_results(file)) is not None]
+def _results(*more: Path) -> list[dict[str, Any]]:
+    return [found for file in (RESULTS, CPU_RESULTS, *more) if (found := read_results(file)) is not None]
 
 
 def content() -> str:
@@ -152,7 +153,7 @@ def content() -> str:
 
 def full() -> str:
     """The text of `FULL`."""
-    tables = "\n\n".join(markdown(found) for found in _results())
+    tables = "\n\n".join(markdown(found) for found in _results(LARGE_CPU_RESULTS))
     head = "# What pruning leaves of the images: all rows\n\nMade by `python -m benchmarks.quality_report` from `bench.py --quality`."
     return f"{head}\n\n{tables}\n"
 
@@ -218,7 +219,7 @@ def main() -> int:
     readme = ROOT / "README.md"
     readme.write_text(table.insert(readme.read_text(encoding="utf-8"), content(), BEGIN, END), encoding="utf-8")
     FULL.write_text(full(), encoding="utf-8")
-    for found in _results():
+    for found in _results(LARGE_CPU_RESULTS):
         for path in plot(found, ROOT / "docs"):
             print(f"wrote docs/{path.name}")
     return 0

@@ -295,6 +295,23 @@ def test_quality_in_words_is_that_of_the_results():
     assert set(re.findall(r"0\.9\d\d", said[1])) == set(free_means.values()) and max(free_means, key=free_means.get) == "wanda-diff"
 
 
+def test_budgets_of_the_large_network_are_those_of_the_results():
+    """SSIM of `quality-large-cpu.json` as the guide and both notes quote it."""
+    found = {(r["budget"], r["layout"]): r for r in results("quality-large-cpu.json")["rows"] if r["pruner"] == "wanda-diff"}
+    budgets = ("76%", "56.3%", "39.6%", "24.8%")
+    assert set(found) == {(budget, layout) for budget in budgets for layout in ("stock", "free")}
+    cpu_notes, guide = PAGES["benchmarks/results/notes-cpu.md"].replace("**", ""), " ".join(GUIDE.split())
+    for budget in budgets:
+        stock, free = found[budget, "stock"], found[budget, "free"]
+        cells = [f"{row['ssim']:.3f}, {row['psnr']:.1f} dB" for row in (stock, free)]
+        assert f"| {stock['macs'] / 1e9:.2f} G | {cells[0]} | {cells[1]} |" in cpu_notes
+        if budget != "56.3%":
+            assert f"{free['ssim']:.3f} against {stock['ssim']:.3f} at {float(budget[:-1]):.0f} %" in guide
+    (high, low), layouts = budgets[::3], ("free", "stock")
+    said = ", ".join(f"{name} {found[high, name]['ssim']:.3f} and {found[low, name]['ssim']:.3f}" for name in layouts)
+    assert f"| {said} |" in notes()
+
+
 def test_speed_in_words_is_that_of_the_results():
     """The cost model of the guide, and the targets in the notes."""
     (step,) = (row["ms"] for row in results("h200-calibration_step.json")["rows"] if row["op"] == "calibration_step" and
