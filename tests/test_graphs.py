@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -130,6 +132,34 @@ def test_where_steps_are_recorded() -> None:
     assert graphs.capture_for(torch.device("xpu"), 1000) is None
     assert graphs.capture_for(torch.device("cuda"), graphs.MIN_STEPS - 1) is None
     assert isinstance(graphs.capture_for(torch.device("cuda"), graphs.MIN_STEPS), graphs.CudaCapture)
+
+
+def test_each_gpu_records_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's stream for recordings belongs to the GPU of the first one: with it, steps of a second GPU would not be recorded at all."""
+    current, used = [0], []
+
+    @contextlib.contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], device.index
+        yield
+        current[0] = before
+
+    @contextlib.contextmanager
+    def graph(_: Any, *, pool: Any, stream: Any = (0,), capture_error_mode: str) -> Iterator[None]:
+        used.append((current[0], stream[0]))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "Stream", lambda index: (index,))
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", MagicMock)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: None)
+    graphs._capture_stream.cache_clear()
+    for index in (0, 1, 0):
+        graphs.CudaCapture(torch.device("cuda", index))(lambda: 3)()
+    graphs._capture_stream.cache_clear()
+    assert used == [(0, 0), (1, 1), (0, 0)]
 
 
 # ----------------------------------------------------------------------------------------------------------- calibration

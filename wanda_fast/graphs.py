@@ -7,6 +7,7 @@ replay; what the step returns is valid until the next one.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,16 @@ def upload(t: Tensor, device: torch.device) -> Tensor:
     return t.to(device)
 
 
+@functools.cache
+def _capture_stream(index: int) -> torch.cuda.Stream:
+    """The stream that steps on this GPU are recorded on.
+
+    torch's own belongs to the GPU of the process's first capture. On any other GPU nothing would be recorded: the step would run
+    once, and its replays would do nothing.
+    """
+    return torch.cuda.Stream(index)
+
+
 class CudaCapture:
     """Records a function into a CUDA graph (a HIP graph on ROCm) and returns what replays it. Recording runs no kernel.
 
@@ -50,8 +61,9 @@ class CudaCapture:
         # Another thread, such as one that loads images, may use the device meanwhile.
         with torch.cuda.device(self._device):
             random = torch.cuda.get_rng_state()
+            stream = _capture_stream(torch.cuda.current_device())
             try:
-                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                     result = run()
             except RuntimeError:
                 self._end_of_capture(random)
