@@ -411,8 +411,9 @@ std::vector<Tensor> compact(std::vector<Tensor> tensors, std::vector<std::option
     int64_t inner = 1;
     for (int64_t d = 2; d < dim; ++d) inner *= sizes[d];
     bool channels_last = false;
-    if (!rows_dense(t, false) || t.stride(0) != g.channels * inner) {
-      channels_last = (dim == 4 || dim == 5) && rows_dense(t, true) && t.stride(0) == g.channels * inner;
+    const bool rows_follow = t.size(0) == 1 || t.stride(0) == g.channels * inner;  // the stride of a single row means nothing
+    if (!rows_follow || !rows_dense(t, false)) {
+      channels_last = (dim == 4 || dim == 5) && rows_follow && rows_dense(t, true);
       if (!channels_last) {
         t = torch::stable::contiguous(t);
         alive.push_back(t);

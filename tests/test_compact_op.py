@@ -126,6 +126,24 @@ def test_sliced_inputs(target: tuple[str, str]) -> None:
     check(tensors, [keep(20, 7)] * 4, [keep(33, 12)] * 3 + [None], target)
 
 
+def test_single_entries_and_rows_of_slices(target: tuple[str, str]) -> None:
+    """The stride of a dimension of size 1 means nothing; the memory format is that of the rest, as under a compiler."""
+    backend, device = target
+    wide = values(4, 17, 3, 3).to(memory_format=torch.channels_last)
+    tensors = [values(10)[3::5][:1], values(1, 7)[:, 2], values(4, 3)[::2, 1:2][:1], wide[::2][:1], values(4, 6, 3, 3)[::2][:1]]
+    tensors.append(values(4, 5, 2, 3, 3).to(memory_format=torch.channels_last_3d)[::3][:1])
+    rows, columns = [torch.tensor([0]), None, None, torch.tensor([0]), None, None], [None, None, None, keep(17, 5), keep(6, 2), keep(5, 3)]
+    for dtype in (None, torch.float16):
+        moved = [torch.as_strided(t._base.to(device), t.shape, t.stride(), t.storage_offset()) for t in tensors]
+        keeps = [[None if k is None else k.to(device) for k in part] for part in (rows, columns)]
+        results = ops.compact(moved, *keeps, dtype=dtype, backend=backend)
+        wanted = reference.compact(moved, *keeps, dtype)
+        for got, want, fake in zip(results, wanted, ops._fake_compact(moved, *keeps, dtype), strict=True):
+            assert torch.equal(got, want) and got.dtype == want.dtype
+            strides = [[step for step, size in zip(t.stride(), t.shape, strict=True) if size > 1] for t in (got, fake)]
+            assert strides[0] == strides[1]
+
+
 def test_runs_and_order(target: tuple[str, str]) -> None:
     """Long runs of neighbours, repeated and descending indices: any index list is a gather."""
     tensors = [values(64, 128), values(64, 128, 3, 3), values(64, 128)]

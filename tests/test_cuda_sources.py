@@ -159,6 +159,18 @@ def test_gather_code_on_the_cpu(emulated: Any, dtype: torch.dtype) -> None:
         assert got.data_ptr() != tensors[i].data_ptr() or got.numel() == 0, where
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float64], ids=str)
+def test_single_entries_and_rows_of_slices(emulated: Any, dtype: torch.dtype | None) -> None:
+    """The stride of a dimension of size 1 means nothing."""
+    tensors = [torch.randn(10)[3::5][:1], torch.randn(1, 7)[:, 2], torch.randn(4, 3)[::2, 1:2][:1], torch.randn(4, 6, 3, 3)[::2][:1],
+               torch.randn(4, 6, 3, 3).to(memory_format=torch.channels_last)[::2][:1]]  # fmt: skip
+    keeps = [torch.tensor([0]), None, None, None, torch.tensor([0])], [None, None, None, None, torch.tensor([1, 4])]
+    fakes = ops._fake_compact(tensors, *keeps, dtype)
+    for results in (emulated.compact(tensors, *keeps, dtype), emulated.compact_shared(tensors, *keeps, dtype)):
+        for got, want, fake in zip(results, reference.compact(tensors, *keeps, dtype), fakes, strict=True):
+            assert torch.equal(got, want) and got.stride() == fake.stride()
+
+
 @pytest.mark.parametrize("wanted", ops.FLOAT_DTYPES, ids=str)
 def test_cast_on_the_cpu(emulated: Any, wanted: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -522,7 +522,7 @@ std::vector<Tensor> gather(std::vector<Tensor>& tensors, std::vector<std::option
     STD_TORCH_CHECK(dim >= 2 || !keep_in[i], "keep_in[", i, "]: must be None for a 1-D tensor");
     bool channels_last = false;
     if (!rows_dense(t, false)) {
-      channels_last = (dim == 4 || dim == 5) && t.stride(0) * t.size(0) == t.numel() && rows_dense(t, true);
+      channels_last = (dim == 4 || dim == 5) && (t.size(0) == 1 || t.stride(0) * t.size(0) == t.numel()) && rows_dense(t, true);
       if (!channels_last) {
         t = torch::stable::contiguous(t);
         alive.push_back(t);
@@ -571,7 +571,9 @@ std::vector<Tensor> gather(std::vector<Tensor>& tensors, std::vector<std::option
       g.channels = static_cast<int32_t>(src_rows);
       g.out_channels = static_cast<int32_t>(columns);
       row_stride = src_rows;
-      STD_TORCH_CHECK(src_rows <= std::numeric_limits<int32_t>::max() && t.stride(0) == 1, "tensors[", i, "]: a vector must be dense");
+      // The stride of a single entry means nothing: of a slice it may be anything.
+      STD_TORCH_CHECK(src_rows <= std::numeric_limits<int32_t>::max() && (src_rows == 1 || t.stride(0) == 1), "tensors[", i,
+                      "]: a vector must be dense");
       unit = rows_kept == nullptr ? columns * size : size;
     } else {
       g.keep_out = rows_kept;
