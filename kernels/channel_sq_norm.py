@@ -24,6 +24,9 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # One launch holds at most this many samples: each program compares its row with all of them, and grid.z ends at 65,535.
 MAX_SAMPLES = 1024
+# Inside the kernel positions and places in the table of partials are 32-bit numbers: larger inputs take several launches.
+MAX_POSITIONS = 1 << 30
+MAX_PARTIALS = 1 << 30
 # Bytes of x that one program holds at once: four 16-byte loads per thread of 4 warps. Measured best on an H200 among 4 to 32 KiB.
 TILE_BYTES = 8192
 # Tiles shrink down to MIN_TILE elements until there are this many programs: 132 multiprocessors hold about eight each.
@@ -399,9 +402,15 @@ def channel_sq_norm(
         _check(x, rows, out, sums)
         if x.numel() == 0 or out.shape[0] == 0:
             return out
-        if x.shape[0] > MAX_SAMPLES:
-            for n in range(0, x.shape[0], MAX_SAMPLES):  # launches of one stream run in order: still repeatable
-                channel_sq_norm(x[n : n + MAX_SAMPLES], rows[n : n + MAX_SAMPLES], out, sums, config=config)
+        samples = max(1, min(MAX_SAMPLES, MAX_PARTIALS // out.shape[1]))
+        if x.shape[0] > samples:
+            for n in range(0, x.shape[0], samples):  # launches of one stream run in order: still repeatable
+                channel_sq_norm(x[n : n + samples], rows[n : n + samples], out, sums, config=config)
+            return out
+        if x.numel() // (x.shape[0] * out.shape[1]) > MAX_POSITIONS:
+            dim = 1 if x.dim() == 3 else 2 if x.shape[2] > 1 else 3
+            for part in x.chunk(2, dim):
+                channel_sq_norm(part, rows, out, sums, config=config)
             return out
         if x.device.type == "cpu" and not triton.knobs.runtime.interpret:
             raise ValueError("x is on the CPU: Triton runs there only with TRITON_INTERPRET=1")

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,6 +100,31 @@ def test_more_samples_than_one_launch_holds(monkeypatch: pytest.MonkeyPatch) -> 
     out = torch.zeros(3, 7, device=DEVICE)
     sq_kernel.channel_sq_norm(x, rows, out)
     torch.testing.assert_close(out.double(), truth_of(x, rows, torch.zeros(3, 7, device=DEVICE)), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("limit", [{"MAX_POSITIONS": 10}, {"MAX_PARTIALS": 10}, {"MAX_PARTIALS": 1, "MAX_POSITIONS": 1}], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5, 6, 7), (3, 5, 1, 42), (3, 42, 5), (3, 5)], ids=str)
+def test_more_than_one_launch_can_number(limit: dict[str, int], shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs of more than 2^31 positions or partial sums, in small."""
+    launched = []
+    original = sq_kernel._prepare
+
+    def prepare(x: Tensor, *args: Any) -> Any:
+        launched.append((x.shape[0] * 5, x.numel() // (x.shape[0] * 5)))
+        return original(x, *args)
+
+    for name, value in limit.items():
+        monkeypatch.setattr(sq_kernel, name, value)
+    monkeypatch.setattr(sq_kernel, "_prepare", prepare)
+    monkeypatch.setattr(sq_kernel, "_launches", {})
+    x, rows = torch.randn(shape, device=DEVICE), torch.tensor([1, 0, 1], device=DEVICE)
+    out, sums = torch.rand(2, 5, device=DEVICE), torch.rand(2, 5, device=DEVICE)
+    want, want_sums = truth_of(x, rows, out), sums_of(x, rows, sums)
+    sq_kernel.channel_sq_norm(x, rows, out, sums)
+    torch.testing.assert_close(out.double(), want, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(sums.double(), want_sums, rtol=1e-6, atol=1e-5)
+    assert all(partials <= max(limit.get("MAX_PARTIALS", 15), 5) for partials, _ in launched)
+    assert all(positions <= limit.get("MAX_POSITIONS", 42) for _, positions in launched)
 
 
 @pytest.mark.parametrize("row", [-1, 3, 2**40, -(2**40)])

@@ -51,12 +51,12 @@ def patch_rows(
         return map_rows(x, positions)
     padded = F.pad(x, (pw, pw, ph, ph)) if ph or pw else x
     height, width = padded.shape[-2:]
-    table = padded.permute(0, 2, 3, 1).reshape(-1, c)  # [N·H·W, C]
+    table = padded.permute(0, 2, 3, 1).reshape(n * height * width, c)
     first = (positions // w_out) * (sh * width) + (positions % w_out) * sw
     first = first + torch.arange(n, device=x.device)[:, None] * (height * width)
     taps = (torch.arange(kh, device=x.device)[:, None] * width + torch.arange(kw, device=x.device)).flatten()
     index = first[..., None] + taps  # [N, P, kh·kw]
-    return table.index_select(0, index.flatten()).view(-1, kh * kw * c)
+    return table.index_select(0, index.flatten()).view(positions.numel(), kh * kw * c)
 
 
 def map_rows(y: Tensor, positions: Tensor | None) -> Tensor:
@@ -66,7 +66,7 @@ def map_rows(y: Tensor, positions: Tensor | None) -> Tensor:
     if positions is None:
         return table.reshape(n * table.shape[1], c)
     index = positions + torch.arange(n, device=y.device)[:, None] * table.shape[1]
-    return table.reshape(-1, c).index_select(0, index.flatten())
+    return table.reshape(n * table.shape[1], c).index_select(0, index.flatten())
 
 
 def row_gram(x: Tensor, y: Tensor, blocks: int = 4) -> tuple[Tensor, Tensor]:
