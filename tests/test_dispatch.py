@@ -63,3 +63,15 @@ def test_a_named_backend_never_falls_back(asked: str, device: str, monkeypatch: 
         choose(monkeypatch, operation, device, missing=(asked,), asked=asked)
     with pytest.raises(RuntimeError, match="has no"):
         choose(monkeypatch, "compact", "xpu", asked="triton")
+
+
+def test_an_extension_without_cuda_is_no_cuda_backend(monkeypatch: pytest.MonkeyPatch, restore_backend: None) -> None:
+    """Though conv_gram, written in Python, has a version for CUDA tensors: a GPU machine without nvcc builds the C++ part alone."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ops, "_extension_error", "")
+    monkeypatch.setattr(ops, "_has_kernel", lambda op, key: key == "CPU" or op == "conv_gram")
+    assert ops.available_backends()["cuda"] == ops.available_backends("cuda")["cuda"] == "the compiled extension was built without CUDA"
+    assert "cuda (the compiled extension was built without CUDA)" in ops.describe_backends()
+    with pytest.raises(RuntimeError, match="backend 'cuda' is not available: the compiled extension was built without CUDA"):
+        ops.set_backend("cuda")
+    assert ops._decide(ops._OPS["conv_gram"], "cuda", "cuda")[0] == "cuda"

@@ -73,9 +73,10 @@ def test_float64_stays_float64(layer: str) -> None:
     truth = formula(weight, act_norm, groups)
     expected = {"none": truth, "rows": truth.flatten(1).sum(1), "columns": column_sums(truth, groups)}
     for reduce, values in expected.items():
-        result = wanda_fast.score(weight, act_norm, reduce=reduce, groups=groups)
-        assert result.dtype == torch.float64
-        torch.testing.assert_close(result, values, rtol=1e-13, atol=1e-13)
+        for backend in (None, "reference"):
+            result = wanda_fast.score(weight, act_norm, reduce=reduce, groups=groups, backend=backend)
+            assert result.dtype == torch.float64
+            torch.testing.assert_close(result, values, rtol=1e-13, atol=1e-13)
 
 
 def test_half_precision_does_not_overflow() -> None:
@@ -98,6 +99,7 @@ def test_a_named_backend_does_not_fall_back() -> None:
     ("arguments", "keywords", "message"),
     [
         ((torch.ones(3), torch.ones(3)), {}, r"weight: .*\[3\]"),
+        ((torch.tensor(3.0), torch.ones(3)), {}, r"weight: .*\[\]"),
         ((torch.ones(2, 3), torch.ones(4)), {}, r"act_norm: 4 channels .*\[2, 3\]"),
         ((torch.ones(2, 3), torch.ones(6)), {}, r"act_norm: 6 channels .*groups = 1"),
         ((torch.ones(2, 3), torch.ones(3)), {"groups": 2}, r"act_norm: 3 channels .*groups = 2"),

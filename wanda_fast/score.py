@@ -35,7 +35,7 @@ def score(
         backend: of the sums, as in `wanda_fast.ops`; "none" is one elementwise product on any device.
 
     Returns:
-        float32, or float64 where `weight` or `act_norm` is float64 (summed by the reference unless a backend is named).
+        float32, or float64 where `weight` or `act_norm` is float64; sums are float32 from a named backend other than "reference".
 
     Raises:
         ValueError: shapes, dtypes, devices or `groups` disagree; the text names the argument and the value.
@@ -54,7 +54,7 @@ def score(
     """
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce: {reduce!r} is not one of {', '.join(REDUCTIONS)}")
-    if groups < 1 or weight.dim() < 1 or weight.shape[0] % groups:
+    if groups < 1 or (weight.dim() > 0 and weight.shape[0] % groups):
         raise ValueError(f"groups: {groups} does not divide the rows of a weight of shape {list(weight.shape)}")
     ops.check_wanda_score(weight, act_norm, groups=groups)
     weight, act_norm = weight.detach(), act_norm.detach()
@@ -63,7 +63,7 @@ def score(
         rows, channels = weight.shape[:2]
         norm = act_norm.to(dtype).reshape(groups, 1, channels).expand(groups, rows // groups, channels)
         return weight.to(dtype).abs() * norm.reshape(rows, channels, *[1] * (weight.dim() - 2))
-    if torch.float64 in (weight.dtype, act_norm.dtype) and ops.resolve_name(backend) == "auto":
+    if torch.float64 in (weight.dtype, act_norm.dtype) and ops.resolve_name(backend) in ("auto", "reference"):
         row, col = reference.wanda_score(weight, act_norm)
     else:
         row, col = ops.wanda_score(weight, act_norm, backend=backend)
