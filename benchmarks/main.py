@@ -20,7 +20,8 @@ import torch
 
 from benchmarks import table
 from benchmarks.harness import CLOCKS, copy_bandwidth, environment, log, run_case, use_clock
-from wanda_fast.checkpoint import atomic_file
+from wanda_fast.checkpoint import atomic_file, check_file
+from wanda_fast.errors import UserError
 
 OPERATIONS = ("channel_sq_norm", "wanda_score", "compact", "conv_gram", "calibration_step", "whole_prune", "images_per_s")
 ON_REQUEST = ("images_per_s",)  # minutes of compiling: only where --op names it
@@ -124,6 +125,9 @@ def read_results(file: Path) -> dict[str, Any]:
     form = isinstance(found, dict) and isinstance(found.get("env"), dict) and isinstance(found.get("rows"), list)
     if not form or not all(isinstance(row, dict) and row.keys() >= {"op", "case", "dtype", "layout", "backend"} for row in found["rows"]):
         raise ValueError("not a file that --out wrote")
+    for row in found["rows"]:
+        if "ms" in row and (type(row["ms"]) not in (int, float) or not row["ms"] > 0):
+            raise ValueError(f"not a file that --out wrote: a row has the time {row['ms']!r}")
     return found
 
 
@@ -156,8 +160,18 @@ def main(argv: list[str] | None = None) -> int:
             p.exit(2, f"bench.py: --device {name}: there are {torch.cuda.device_count()} GPUs, counted from 0\n")
         torch.cuda.set_device(device)
     for option, file in (("--out", args.out), ("--chart", args.chart)):
-        if file is not None and not file.resolve().parent.is_dir():
+        if file is None:
+            continue
+        if not file.resolve().parent.is_dir():
             p.exit(2, f"bench.py: {option} {file}: its folder does not exist\n")
+        try:
+            check_file(file, overwrite=True)
+        except UserError as error:
+            p.exit(2, f"bench.py: {option} {error}\n")
+    if args.chart is not None and args.chart.suffix[1:].lower() not in table.chart_formats():
+        p.exit(2, f"bench.py: --chart {args.chart}: the name must end in one of {', '.join(table.chart_formats())}\n")
+    if not -(2**63) <= args.seed < 2**64:
+        p.exit(2, f"bench.py: --seed {args.seed}: must fit 64 bits\n")
     if args.clock == "process" and (device.type != "cpu" or torch.get_num_threads() != 1):
         p.exit(2, "bench.py: --clock process: only on the CPU with one thread (OMP_NUM_THREADS=1)\n")
     use_clock(args.clock)

@@ -80,6 +80,13 @@ def comparison(earlier: dict[str, Any], now: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def chart_formats() -> list[str]:
+    """File name endings that `chart` can write, without the dot."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    return sorted(FigureCanvasBase.get_supported_filetypes())
+
+
 def chart(result: dict[str, Any], path: Path) -> None:
     """Bar chart: share of copy bandwidth of every case, one bar per backend."""
     import matplotlib

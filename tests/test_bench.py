@@ -153,6 +153,10 @@ def test_program_writes_compares_and_draws(tmp_path: Path) -> None:
         (["--compare", "pyproject.toml"], "cannot read"),
         (["--compare", "benchmarks/results/quality.json"], "not a file that --out wrote"),
         (["--chart", "no/such/folder/x.png"], "folder does not exist"),
+        (["--out", "benchmarks"], "--out benchmarks: is a folder"),
+        (["--chart", "picture"], "must end in one of"),
+        (["--chart", "picture.xyz"], "must end in one of"),
+        (["--seed", str(2**64)], "must fit 64 bits"),
         (["--op", "nothing"], "invalid choice"),
         (["--quick", "--full"], "not allowed"),
         (["--clock", "process", "--device", "meta"], "only cpu and cuda"),
@@ -165,6 +169,15 @@ def test_mistakes_end_in_one_line_and_code_2(
         main.main(arguments)
     assert stop.value.code == 2
     assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ms", ["0.5", 0, None, True])
+def test_earlier_results_with_no_times_are_refused_before_the_run(ms: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"op": "wanda_score", "case": "x", "dtype": "fp32", "layout": "contiguous", "backend": "cpu", "ms": ms}
+    (tmp_path / "earlier.json").write_text(json.dumps({"env": {}, "rows": [row]}))
+    with pytest.raises(SystemExit) as stop:
+        main.main(["--compare", str(tmp_path / "earlier.json")])
+    assert stop.value.code == 2 and f"a row has the time {ms!r}" in capsys.readouterr().err
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
