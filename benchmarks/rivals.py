@@ -28,7 +28,8 @@ _PERCENT = range(1, 100)
 def noised_batches(
     unet: nn.Module, scheduler: Any, images: Tensor, *, n: int = 1024, batch_size: int = 32, seed: int = 0
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor]]:
-    """Batches (x_t, t, labels or None, noise) of n images over the timesteps, rising: what "taylor" takes its loss from.
+    """Batches (x_t, t, labels or None, noise) of n images over the timesteps, rising: what "taylor" takes its loss from. In place of
+    the noise stands v or x₀ where the network predicts these.
 
     The same inputs as those of `--pruner taylor --calib_steps n` with this seed.
     """
@@ -38,7 +39,8 @@ def noised_batches(
     samples, t = torch.arange(len(grid) * each), torch.tensor(grid).repeat_interleave(each)
     noised = NoisedImages(unet, scheduler, images, seed=seed)
     for part in torch.arange(len(samples)).split(batch_size):
-        yield tuple(noised(samples[part], t[part]))  # type: ignore[misc]
+        made = noised(samples[part], t[part])
+        yield made.x, made.t, made.labels, made.noise if made.target is None else made.target
 
 
 def torch_pruning(
