@@ -408,6 +408,19 @@ def test_targets_that_cannot_work_are_refused_first(tmp_path: Path, monkeypatch:
     assert names(tmp_path) == ["file", "work", "work/here"]
 
 
+def test_what_a_run_reads_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "images" / "cats").mkdir(parents=True)
+    (tmp_path / "images" / "cats" / "0.png").write_text("1")
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    for source in (tmp_path / "images", str(tmp_path / "images" / "cats"), tmp_path / "link", tmp_path / "images/cats/0.png"):
+        with pytest.raises(UserError, match="refusing to overwrite what this run reads"):
+            check_target(tmp_path / "images", overwrite=True, reads=[None, "owner/name", source])
+    with pytest.raises(UserError, match="not empty"):
+        check_target(tmp_path / "images", reads=[tmp_path / "images"])
+    check_target(tmp_path / "images", overwrite=True, reads=[None, 3, "self", tmp_path, tmp_path / "other"])
+    check_target(tmp_path / "images" / "out", overwrite=True, reads=[tmp_path / "images"])
+
+
 def test_leftovers_are_cleaned_and_a_lost_folder_is_put_back(tmp_path: Path) -> None:
     """What a kill leaves: an unfinished folder, and in the two-rename fallback the old folder under a dot-name."""
     half = tmp_path / ".out.wanda_fast-aaa.partial"

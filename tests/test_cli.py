@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -380,3 +381,39 @@ def test_numbers_for_people():
     assert [seconds(v) for v in (0.0123, 4.567, 1234)] == ["12.3 ms", "4.57 s", "1234 s"]
     assert finite({"a": [1.0, float("inf")], "b": float("nan")}) == {"a": [1.0, None], "b": None}
     assert table(["", "b"], [["x", "10"], ["long"]]) == "       b\n--------\nx     10\nlong"
+
+
+@pytest.mark.parametrize(("number", "ignored", "code", "line"), [
+    (signal.SIGINT, False, 130, "wanda-fast: interrupted; "), (signal.SIGINT, True, 2, "wanda-fast: error: not interrupted"),
+    (signal.SIGTERM, False, 143, "wanda-fast: terminated; "),
+], ids=["int", "ignored", "term"])  # fmt: skip
+def test_an_interrupt_that_another_package_makes_an_error_of_is_an_interrupt(monkeypatch, capsys, number, ignored, code, line):
+    """As while diffusers is imported: it wraps whatever goes wrong there."""
+
+    def stopped(*args, **kwargs):
+        try:
+            signal.raise_signal(number)
+        except (KeyboardInterrupt, SystemExit) as error:
+            raise RuntimeError("failed to import") from error
+        raise UserError("not interrupted")
+
+    monkeypatch.setattr(checkpoint, "load_pipeline", stopped)
+    handler = signal.SIG_IGN if ignored else signal.default_int_handler
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        assert main(["sample", "--device", "cpu"]) == code
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    error = capsys.readouterr().err
+    assert error.startswith(line) and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("line", ["analyze --dataset {0} --out {0}", "export --model {0} --out {0}", "evaluate {0} --out {0}",
+                                  "evaluate --real {0}/a.npz --out {0}", "finetune --dataset {0} --out {0}"])  # fmt: skip
+def test_overwrite_spares_what_a_command_reads(tmp_path, monkeypatch, capsys, line):
+    monkeypatch.setattr(checkpoint, "load_pipeline", lambda *a, **k: pytest.fail("a model was loaded"))
+    (tmp_path / "a.png").write_text("mine")
+    (tmp_path / "a.npz").write_text("mine")
+    assert main([*line.format(tmp_path).split(), "--overwrite", "--device", "cpu"]) == 2
+    assert "refusing to overwrite what this run reads" in capsys.readouterr().err and tree(tmp_path) == ["a.npz", "a.png"]

@@ -132,6 +132,16 @@ def test_required_and_repeated_arguments(tmp_path, capsys):
         assert says in capsys.readouterr().err
 
 
+def test_places_that_a_flag_stands_for_are_not_required(tmp_path, capsys):
+    file = tmp_path / "file.yaml"
+    file.write_text(f"save_stats: [{tmp_path / 'none'}, {tmp_path / 'out.npz'}]\nfeatures: efficientnet-lite0\n")
+    assert main(["fid", "--config", str(file)]) == 2
+    assert f"{tmp_path / 'none'}: no such image folder" in capsys.readouterr().err
+    file.write_text("features: efficientnet-lite0\n")
+    assert main(["fid", "--config", str(file)]) == 2
+    assert "give either --save-stats IMAGES OUT.npz, or SAMPLES STATS.npz" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_knows_the_flag(name, tmp_path, capsys):
     (tmp_path / "x.yaml").write_text("no_such_thing: 1")

@@ -120,7 +120,7 @@ def test_everything_beside_a_reference(models: tuple[Path, Path], tmp_path: Path
     assert "not LPIPS" in found["feature_distance"]["kind"]
     assert found["fd"]["model"] > 0 and found["fd"]["reference"] > 0 and found["fd"]["real_images"] == 5
     assert found["features"]["features"] == "efficientnet-lite0"
-    assert found["sampling"]["spacing"] == "leading: 500, 0, ..., 0 of 1000" and found["sampling"]["dtype"] == "fp32"
+    assert found["sampling"]["spacing"] == "leading: 500, 0 of 1000" and found["sampling"]["dtype"] == "fp32"
     (speed,) = found["speed"]
     assert speed["images_per_s"] > 0 and speed["times_as_fast"] > 0 and "eager" in speed["mode"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.yaml", "evaluation.json", "evaluation.png"]

@@ -318,7 +318,42 @@ def test_a_loss_that_is_not_finite_names_the_step(made, tmp_path):
     assert not (tmp_path / "out").exists() and not list((tmp_path / "out.train").glob("step-*"))
 
 
+@pytest.mark.parametrize("options", [{"steps": 1}, {"steps": 1, "save_dtype": "fp16", "lr": 1e6, "validation_images": 0}])
+def test_weights_that_are_not_finite_are_not_saved(made, tmp_path, options):
+    """The loss of the last step is that of the weights before it."""
+    with pytest.raises(RuntimeError, match=r"NaN or infinite after step 1|too large for torch\.float16"):
+        train(made, tmp_path / "out", **{"lr": 1e30, "warmup": 0, "ema_decay": 0.0, **options})
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_checkpoint_of_weights_that_are_not_finite(made, tmp_path):
+    with pytest.raises(RuntimeError, match="weights became NaN or infinite"):
+        train(made, tmp_path / "out", lr=3e38, weight_decay=3e38, warmup=0, save_every=1, validation_images=0)
+    assert not list((tmp_path / "out.train").glob("step-*"))
+
+
+@pytest.mark.parametrize("name", ["images", "pruned"])
+def test_overwrite_spares_what_is_read(made, tmp_path, name):
+    shutil.copytree(made / name, tmp_path / name)
+    before = tree(tmp_path)
+    where = {"dataset": str(tmp_path / name)} if name == "images" else {"teacher": str(tmp_path / name)}
+    with pytest.raises(UserError, match="refusing to overwrite what this run reads"):
+        train(made, tmp_path / name, overwrite=True, **where)
+    assert tree(tmp_path) == before
+
+
 # ---------------------------------------------------------------------------------------------------------- command line
+
+
+def test_sigterm_writes_a_checkpoint_and_says_so(made, tmp_path, capsys, monkeypatch):
+    step = finetune._Training._step
+    monkeypatch.setattr(finetune._Training, "_step", lambda self: (os.kill(os.getpid(), signal.SIGTERM), step(self))[1])
+    words = ["finetune", "--model", made / "pruned", "--dataset", made / "images", "--device", "cpu", "--batch_size", 4, "--steps", 9,
+             "--num_samples", 0, "--quiet", "--out", tmp_path / "out"]  # fmt: skip
+    assert main([str(w) for w in words]) == 128 + signal.SIGTERM
+    error = capsys.readouterr().err.splitlines()
+    assert error == ["wanda-fast: terminated; the checkpoints that are complete stay, and --resume goes on from the newest"]
+    assert (tmp_path / "out.train" / "step-00000001").is_dir()
 
 
 def test_defaults_of_the_command_are_those_of_the_function():

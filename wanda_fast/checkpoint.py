@@ -31,7 +31,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -661,16 +661,21 @@ def _write_json(file: Path, value: Mapping[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------------- all or nothing
 
 
-def check_target(target: str | os.PathLike[str], overwrite: bool = False, *, need_bytes: int = 0) -> Path:
+def check_target(
+    target: str | os.PathLike[str], overwrite: bool = False, *, need_bytes: int = 0, reads: Iterable[Any] = ()
+) -> Path:
     """Refuse, before any work, a target that could not be written at the end. Leaves nothing on disk.
+
+    Args:
+        reads: what the run reads (models, images, data folders): paths are looked at, names and other objects are not.
 
     Returns:
         The target with symbolic links resolved.
 
     Raises:
-        UserError: a file is in the way, the folder is not empty and `overwrite` is off, the place is not writable, or
-        has less
-            than `need_bytes` free. With `overwrite` also: the folder contains the current or the home folder.
+        UserError: a file is in the way, the folder is not empty and `overwrite` is off, the place is not writable, or has less
+            than `need_bytes` free. With `overwrite` also: the folder contains the current or the home folder, or something
+            that the run reads.
     """
     path = Path(os.path.realpath(Path(target).expanduser()))
     if path.exists() and not path.is_dir():
@@ -683,6 +688,11 @@ def check_target(target: str | os.PathLike[str], overwrite: bool = False, *, nee
         for precious in (Path.cwd(), Path.home()):
             if precious == path or path in precious.parents:
                 raise UserError(f"{target}: refusing to overwrite a folder that contains {precious}.")
+        for source in reads:
+            if isinstance(source, (str, os.PathLike)) and (given := Path(source).expanduser()).exists():
+                real = Path(os.path.realpath(given))
+                if real == path or path in real.parents:
+                    raise UserError(f"{target}: refusing to overwrite what this run reads ({source}); choose another folder.")
     if path.is_dir() and os.path.ismount(path):
         raise UserError(f"{target}: is a mount point, which cannot be replaced in one step; choose a folder inside it.")
     place = path.parent

@@ -519,7 +519,7 @@ def evaluate(
         dtype = DTYPES[_DTYPE_NAMES[dtype or "fp32"]]
     place_ = check_device(None if device is None else str(device))
     if save_path is not None:
-        checkpoint.check_target(save_path, overwrite)
+        checkpoint.check_target(save_path, overwrite, reads=[model, reference, real, data_dir, features])
     known, extractor = _real_and_features(real, features, n, data_dir, place_)
     unet, scheduler, name = _open(model, place_)
     other = None if reference is None else _open(reference, place_)
@@ -539,8 +539,7 @@ def evaluate(
             "images": n,
             "sampler": "DDIM, eta 0",
             "steps": steps,
-            "spacing": f"leading: {', '.join(str(int(t)) for t in stepper.timesteps[:2])}, ..., {int(stepper.timesteps[-1])} "
-            f"of {scheduler.config.num_train_timesteps}",
+            "spacing": f"leading: {_listed(stepper.timesteps.tolist())} of {scheduler.config.num_train_timesteps}",
             "seed": seed,
             "dtype": _short(dtype),
             "tf32_convolutions": place_.type == "cuda" and dtype == torch.float32 and torch.backends.cudnn.allow_tf32,
@@ -711,6 +710,12 @@ def _held_out_images(
     if bundled:
         return data.read_sample_sheet(), "drawn by the bundled model, shipped with the package"
     return sample(unet, scheduler, min(n, 64), **how), "drawn by the model"
+
+
+def _listed(timesteps: list[int]) -> str:
+    """All of a few, else the first two and the last: "980, 960, ..., 0"."""
+    few = timesteps if len(timesteps) < 4 else [*timesteps[:2], "...", timesteps[-1]]
+    return ", ".join(map(str, few))
 
 
 def _versions() -> dict[str, str]:

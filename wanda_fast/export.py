@@ -94,7 +94,7 @@ def export(
     _check(forms, dtype, batch_size, repeats)
     name = _DTYPE_NAMES[dtype or "fp32"]
     place = check_device(device)
-    checkpoint.check_target(save_path, overwrite)
+    checkpoint.check_target(save_path, overwrite, reads=[model])
     loaded = checkpoint.load_pipeline(model, dtype=DTYPES[name], device=place)
     unet: Any = loaded.unet.requires_grad_(False).eval()
     sampling.check_network(unet, loaded.scheduler)

@@ -217,7 +217,7 @@ def finetune(
         raise UserError("resume goes on with an earlier training, overwrite throws it away; give one of them")
     if resume and (Path(save_path).expanduser() / "finetune.json").is_file():
         raise UserError(f"{save_path}: this training is finished, there is nothing to go on with; another one needs another folder")
-    target = checkpoint.check_target(save_path, overwrite)
+    target = checkpoint.check_target(save_path, overwrite, reads=[model, asked.teacher, asked.dataset, asked.data_dir])
     work = target.with_name(target.name + ".train")
     if work.exists() and not work.is_dir():
         raise UserError(f"{work}: exists and is not a folder")
@@ -585,9 +585,11 @@ class _Training:
                     seconds = time.perf_counter() - begin
                     if not all(math.isfinite(v) for v in means.values()):
                         raise RuntimeError(
-                            f"the loss became NaN or infinite before step {self.step}; lower the learning rate (--lr {o.lr:g})"
+                            f"the loss became NaN or infinite before step {self.step}; {self._advice()}"
                         )
                     self._note(means, since, seconds, bar)
+                    if save or check:
+                        self._check_weights()
                     if check and not stopping:
                         self._validate()
                     if save and (o.save_every or stopping):
@@ -598,6 +600,14 @@ class _Training:
                     sums, since, begin = {}, 0, time.perf_counter()
         finally:
             torch.backends.cudnn.benchmark = before
+
+    def _check_weights(self) -> None:
+        """The loss is that of the weights before a step; what the last step made of them shows in them alone."""
+        if not _finite(self.unet):
+            raise RuntimeError(f"the weights became NaN or infinite before step {self.step} was done; {self._advice()}")
+
+    def _advice(self) -> str:
+        return f"lower the learning rate (--lr {self.options.lr:g})"
 
     def _note(self, means: dict[str, float], steps: int, seconds: float, bar: Any) -> None:
         rate = steps * self.options.batch_size / seconds
@@ -652,6 +662,8 @@ class _Training:
                     sums[2] += theirs.double().square().sum().cpu()
         if n:
             entry["noise_error"] = float(sums[0]) / (n * math.prod(self.shape))
+            if self.step and not math.isfinite(entry["noise_error"]):
+                raise RuntimeError(f"the noise error is NaN or infinite after step {self.step}; {self._advice()}")
             if self.teacher is not None:
                 entry["teacher_error_relative"] = float(sums[1] / sums[2])
         for blocks in self.features or ():
@@ -776,6 +788,8 @@ class _Training:
         net = self._average()
         report = self.report()
         nn.Module.to(nn.Module.to(net, self.saved_dtype), memory_format=torch.contiguous_format)
+        if not _finite(net):
+            raise RuntimeError(f"weights are too large for {self.saved_dtype}; save them in another format (--save_dtype)")
         result = FinetuneResult(DDPMPipeline(unet=net, scheduler=copy.deepcopy(self.scheduler)), report, Path(save_path))
 
         def instead(path: Path) -> None:
@@ -822,6 +836,11 @@ def _fresh(model: str | Path | None, seed: int) -> tuple[Any, Any, str, Path]:
         except Exception as error:  # any constructor error means that this config describes no network
             raise UserError(f"{unet_dir / 'config.json'}: {checkpoint._no_network(kind, error)}") from error
     return unet, checkpoint._load_scheduler(scheduler_file), name, folder
+
+
+def _finite(net: nn.Module) -> bool:
+    """Whether all weights are; one wait for the device."""
+    return bool(torch.stack([torch.isfinite(p.detach()).all() for p in net.parameters()]).all())
 
 
 def _hash(seed: int, stream: int, index: int) -> int:

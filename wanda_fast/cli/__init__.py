@@ -33,8 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError, OSError):  # a stream of a test, or none at all
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    signals: list[int] = []
     try:
-        with _terminate_cleanly(arguments):
+        with _terminate_cleanly(arguments, signals), _noticing_interrupts(signals):
             return _dispatch(arguments)
     except SystemExit as stop:  # of argparse, or a termination signal
         return stop.code if isinstance(stop.code, int) else 1
@@ -45,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("WANDA_FAST_DEBUG", "0") not in ("", "0"):
             raise
+        if signals:  # what was stopped made another error of it: imports of other packages do
+            terminated = signals[-1] == signal.SIGTERM  # and the line is printed
+            return 128 + signal.SIGTERM if terminated else _fail(f"interrupted; {_left(arguments)}", 130)
         if isinstance(error, UserError) and not isinstance(error, RuntimeError):
             return _fail(f"error: {one_line(error)}", 2)
         if isinstance(error, (RuntimeError, OSError, MemoryError)):
@@ -115,13 +119,32 @@ def _left(arguments: Sequence[str]) -> str:
 
 
 @contextmanager
-def _terminate_cleanly(arguments: Sequence[str]) -> Iterator[None]:
+def _noticing_interrupts(signals: list[int]) -> Iterator[None]:
+    """Python's own KeyboardInterrupt on Ctrl-C, noted as well; nothing where Ctrl-C is ignored or another's business."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def _terminate_cleanly(arguments: Sequence[str], signals: list[int]) -> Iterator[None]:
     """Turn SIGTERM into an exception, so that unfinished folders are removed; as a program on its own only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
         _fail(f"terminated; {_left(arguments)}", 128 + number)
         raise SystemExit(128 + number)
 

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace, out: Terminal) -> int:
     data.check_source(args.dataset, data_dir=args.data_dir)
     device = check_device(args.device)
     target = Path(args.save_path) if args.save_path is not None else _default_folder(args.model)
-    checkpoint.check_target(target, args.overwrite)
+    checkpoint.check_target(target, args.overwrite, reads=[args.model, args.dataset, args.data_dir])
     loaded = checkpoint.load_pipeline(args.model, device=device)
     for note in loaded.notes:
         out.note(note)

@@ -109,16 +109,17 @@ def run(args: argparse.Namespace, out: Terminal) -> int:
 
     from wanda_fast.finetune import finetune
 
-    with _flag() as received:
-        try:
+    received: list[int] = []
+    try:
+        with _flag(received):
             result = finetune(
                 args.model, save_path=target, overwrite=args.overwrite, resume=args.resume, progress=out.progress,
                 log=out.note, stop=lambda: bool(received), **options,
             )  # fmt: skip
-        except KeyboardInterrupt:
-            if received and received[0] == signal.SIGTERM:
-                raise SystemExit(128 + signal.SIGTERM) from None
-            raise
+    except KeyboardInterrupt:
+        if received and received[0] == signal.SIGTERM:
+            signal.raise_signal(signal.SIGTERM)  # with the program's own handler again: says so, and exits with its code
+        raise
     out.json({**result.report, "path": str(result.path)})
     out.result(text(result.report, result.path))
     return 0
@@ -130,11 +131,10 @@ def default_folder(model: str | None) -> Path:
 
 
 @contextmanager
-def _flag() -> Iterator[list[int]]:
+def _flag(received: list[int]) -> Iterator[None]:
     """The first SIGINT or SIGTERM only asks for a stop at the end of a step; the second one stops at once."""
-    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield received
+        yield
         return
 
     def handler(number: int, frame: Any) -> None:
@@ -144,7 +144,7 @@ def _flag() -> Iterator[list[int]]:
 
     before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield received
+        yield
     finally:
         for number, old in before.items():
             signal.signal(number, old)

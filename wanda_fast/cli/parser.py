@@ -78,7 +78,7 @@ class Parser(argparse.ArgumentParser):
 
         missing = object()
         actions = [a for a in self._actions if argparse.SUPPRESS not in (a.dest, a.default)]
-        required = [a for a in actions if a.required]
+        required = [a for a in actions if a.required and a.nargs != "*"]  # argparse requires these too, and takes none for an answer
         for action in actions:
             setattr(namespace, action.dest, missing)
         groups = [g for g in self._mutually_exclusive_groups if g.required]
