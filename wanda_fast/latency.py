@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .evaluation import _seconds
+from .graphs import CudaCapture
 from .plan import CostModel
 from .slots import SlotMap
 
@@ -159,17 +160,16 @@ def _time(
         if device.type != "cuda":
             one()
             return statistics.median(_seconds(one, device) for _ in range(repeats))
-        side = torch.cuda.Stream(device)
-        with torch.cuda.stream(side):
-            for _ in range(3):  # lets the library choose its algorithm before the capture
-                one()
-        torch.cuda.current_stream(device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        for _ in range(3):  # lets the library choose its algorithm before the capture
+            one()
+
+        def ten() -> None:
             for _ in range(10):
                 one()
-        graph.replay()
-        return statistics.median(_seconds(graph.replay, device) for _ in range(repeats)) / 10
+
+        replay = CudaCapture(device)(ten)
+        replay()
+        return statistics.median(_seconds(replay, device) for _ in range(repeats)) / 10
 
 
 def _fit(points: list[tuple[int, int, float]]) -> tuple[float, float, float, float]:
