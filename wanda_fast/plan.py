@@ -495,20 +495,10 @@ def _least_damage(
         over = excess(problem.widths(choice))
         heapq.heappush(queue, (price(unit) if over > 0 else math.inf, n, unit))
     if not problem.legal(problem.widths(choice)):
-        # Such as two levels that must differ: the least harmful of the legal choices a few steps down, or else an even one.
-        smaller: list[dict[str, int]] = []
-        for count in (1, 2):
-            if not smaller:
-                smaller = [
-                    changed
-                    for some in itertools.combinations(units, count)
-                    for indices in itertools.product(*(range(max(0, choice[u] - 4), choice[u]) for u in some))
-                    if problem.legal(problem.widths(changed := {**choice, **dict(zip(some, indices, strict=True))}))
-                ]
-        smaller = smaller or [even for even in _even_choices(problem) if excess(problem.widths(even)) == 0]
-        if not smaller:
+        fitting = _legal_below(problem, choice) or [even for even in _even_choices(problem) if excess(problem.widths(even)) == 0]
+        if not fitting:
             return None
-        choice = min(smaller, key=lambda c: sum(damage[u][c[u]] for u in units))
+        choice = min(fitting, key=lambda c: sum(damage[u][c[u]] for u in units))
     for u in sorted(units, key=lambda u: -damage[u][choice[u]]):
         for index in range(len(problem.options[u]) - 1, choice[u], -1):
             widths = problem.widths({**choice, u: index})
@@ -516,6 +506,20 @@ def _least_damage(
                 choice[u] = index
                 break
     return problem.widths(choice)
+
+
+def _legal_below(problem: WidthProblem, choice: dict[str, int]) -> list[dict[str, int]]:
+    """Legal choices a few steps under one that is not legal, such as where two levels must differ: by one unit, or else by two."""
+    for count in (1, 2):
+        legal = []
+        for units in itertools.combinations(choice, count):
+            for indices in itertools.product(*(range(max(0, choice[u] - 4), choice[u]) for u in units)):
+                changed = {**choice, **dict(zip(units, indices, strict=True))}
+                if problem.legal(problem.widths(changed)):
+                    legal.append(changed)
+        if legal:
+            return legal
+    return []
 
 
 def _fits(target: Target, params: Tensor, macs: Tensor, gone: Tensor, dense_macs: int) -> Tensor:
