@@ -39,6 +39,7 @@ BUDGETS = ("76%", MAIN_BUDGET, "39.6%", "24.8%")
 OURS = "wanda-diff"
 RIVALS = ("magnitude", "wanda-fluctuation", "lstsq-residual", "taylor", "diff-pruning", "random", "reinit")
 TORCH_PRUNING = tuple(f"torch-pruning {name}" for name in ("magnitude", "taylor", "random"))
+PRUNE_BATCH = (256, 32)  # images per pass of prune, on a GPU and on a CPU
 Row = dict[str, Any]
 
 
@@ -552,7 +553,7 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     gpu = device.type == "cuda"
     defaults = {
-        "precision": ("fp16", "fp32"), "batch_size": (1000, 8), "feature_batch": (500, 32), "prune_batch": (256, 32), "speed_batch": (256, 8),
+        "precision": ("fp16", "fp32"), "batch_size": (1000, 8), "feature_batch": (500, 32), "prune_batch": PRUNE_BATCH, "speed_batch": (256, 8),
     }  # fmt: skip
     for name, (on_gpu, on_cpu) in defaults.items():
         if getattr(args, name) is None:
@@ -730,7 +731,7 @@ def grids(args: argparse.Namespace) -> Path:
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     args.precision, args.batch_size = args.precision or "fp32", args.batch_size or (128 if device.type == "cuda" else 8)
-    args.prune_batch = args.prune_batch or (128 if device.type == "cuda" else 32)
+    args.prune_batch = args.prune_batch or PRUNE_BATCH[device.type != "cuda"]
     cache = Path(args.cache) if args.cache else Path(tempfile.mkdtemp(prefix="wanda_fast-grids-"))
     cache.mkdir(parents=True, exist_ok=True)
     try:
@@ -794,7 +795,7 @@ def parser() -> argparse.ArgumentParser:
         help="of sampling, dense and pruned alike (default: fp16 on a GPU, fp32 on a CPU)")  # fmt: skip
     p.add_argument("--batch_size", type=int, help="of sampling (default: 1000 on a GPU, 8 on a CPU)")
     p.add_argument("--feature_batch", type=int, help="of the features (default: 500, 32)")
-    p.add_argument("--prune_batch", type=int, help="of prune (default: 128, 32)")
+    p.add_argument("--prune_batch", type=int, help="of prune (default: {}, {})".format(*PRUNE_BATCH))
     p.add_argument("--speed_batch", type=int, help="of the speed (default: 256, 8)")
     p.add_argument("--seed", type=int, default=0, help="of the samples (default: 0); the rows' seeds are those of calibration and repair")
     p.add_argument("--pruner", action="append", help="only rows of this criterion; may be repeated")
