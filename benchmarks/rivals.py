@@ -29,7 +29,7 @@ def noised_batches(
     unet: nn.Module, scheduler: Any, images: Tensor, *, n: int = 1024, batch_size: int = 32, seed: int = 0
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor]]:
     """Batches (x_t, t, labels or None, noise) of n images over the timesteps, rising: what "taylor" takes its loss from. In place of
-    the noise stands v or x₀ where the network predicts these.
+    the noise stands v or x₀ where the network predicts these (`wanda_fast.taylor.Noised`).
 
     The same inputs as those of `--pruner taylor --calib_steps n` with this seed.
     """
@@ -39,8 +39,7 @@ def noised_batches(
     samples, t = torch.arange(len(grid) * each), torch.tensor(grid).repeat_interleave(each)
     noised = NoisedImages(unet, scheduler, images, seed=seed)
     for part in torch.arange(len(samples)).split(batch_size):
-        made = noised(samples[part], t[part])
-        yield made.x, made.t, made.labels, made.noise if made.target is None else made.target
+        yield noised(samples[part], t[part])
 
 
 def torch_pruning(

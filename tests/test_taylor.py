@@ -189,9 +189,9 @@ def test_noised_images_are_those_of_the_calibration() -> None:
     """x_t and noise of sample i depend on (seed, i) alone, and the labels too."""
     unet = random_unet("classes")
     noised = NoisedImages(unet, SCHEDULER, pictures(), seed=4)
-    x, t, labels, eps, _ = noised(torch.tensor([7, 2]), torch.tensor([10, 900]))
+    x, t, labels, eps = noised(torch.tensor([7, 2]), torch.tensor([10, 900]))
     again = noised(torch.tensor([2]), torch.tensor([900]))
-    assert torch.equal(again.x[0], x[1]) and torch.equal(again.noise[0], eps[1]) and again.labels[0] == labels[1]
+    assert torch.equal(again.x[0], x[1]) and torch.equal(again.target[0], eps[1]) and again.labels[0] == labels[1]
     torch.testing.assert_close(x, SCHEDULER.add_noise(pictures()[[2, 2]], eps, t))
     assert not torch.equal(NoisedImages(unet, SCHEDULER, pictures(), seed=5)(torch.tensor([2]), torch.tensor([900])).x, again.x)
 
@@ -200,13 +200,14 @@ def test_noised_images_are_those_of_the_calibration() -> None:
 def test_the_loss_is_that_of_what_the_network_predicts(kind: str) -> None:
     unet, scheduler = random_unet("plain"), DDPMScheduler(prediction_type=kind)
     samples, t = torch.tensor([3, 1]), torch.tensor([400, 400])
-    x, _, _, eps, target = NoisedImages(unet, scheduler, pictures())(samples, t)
+    x, _, _, target = NoisedImages(unet, scheduler, pictures())(samples, t)
+    eps = NoisedImages(unet, SCHEDULER, pictures())(samples, t).target
     clean = pictures()[samples]
     expected = {"epsilon": eps, "sample": clean, "v_prediction": scheduler.get_velocity(clean, eps, t)}[kind]
     torch.testing.assert_close(target, expected)
 
     def one(_samples: Tensor, _t: Tensor) -> Noised:
-        return Noised(x, t, None, eps, target)
+        return Noised(x, t, None, target)
 
     found = loss_gradients(unet, one, images=2, timesteps=(400, 401))
     loss = float((unet(x, t).sample - expected).square().mean())

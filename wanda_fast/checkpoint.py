@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .inner_slots import INNER_CLASSES, base_class
+from .sampling import check_schedule
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 BUNDLED_NAME = "ddpm-cifar10-small"
@@ -501,8 +502,7 @@ def _load_scheduler(file: Path | None) -> Any:
         scheduler = cls.from_config({k: v for k, v in config.items() if k != "_name_or_path"})
     except Exception as error:  # as for the network: the config describes no scheduler
         raise UserError(f"{file}: {name} cannot be built from it ({type(error).__name__}: {error}).") from error
-    if not isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
-        raise UserError(f"{file}: {name} has no alphas_cumprod; only schedulers of the DDPM family are supported.")
+    check_schedule(scheduler, f"{file}: ")
     alphas = scheduler.alphas_cumprod
     if alphas.shape != (steps,) or not bool(((alphas >= 0) & (alphas <= 1)).all()):
         raise UserError(f"{file}: its betas make no noise schedule.")

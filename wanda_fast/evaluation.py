@@ -32,6 +32,7 @@ from .sampling import (
     place,
     predict,
     predict_evenly,
+    prediction_target,
     sample,
     to_float,
 )
@@ -279,9 +280,7 @@ def held_out_batches(
         x0 = clean[[i % len(clean) for i in indices]].to(place_)
         a = alphas[t].sqrt().view(-1, 1, 1, 1)
         s = (1 - alphas[t]).sqrt().view(-1, 1, 1, 1)
-        target = {"epsilon": eps, "sample": x0, "v_prediction": a * eps - s * x0}.get(kind)
-        if target is None:
-            raise UserError(f"unsupported prediction type {kind!r} of the scheduler.")
+        target = prediction_target(kind, x0, eps, a, s)
         labels = class_labels(unet, indices, seed + HELD_OUT_SEED, place_)
         yield a * x0 + s * eps, t, labels, target
 

@@ -484,18 +484,15 @@ class _Training:
         return sampling.to_float(images)
 
     def _labels(self, n: int, g: torch.Generator) -> Tensor | None:
-        config = self.unet.config
         if getattr(self.unet, "class_embedding", None) is None:
             return None
-        count = 1000 if config.get("class_embed_type") == "timestep" else int(config["num_class_embeds"])
-        return torch.randint(count, (n,), generator=g, device=self.device)
+        return torch.randint(sampling.label_count(self.unet), (n,), generator=g, device=self.device)
 
     def _target(self, clean: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(x_t, what the network is to predict)."""
         a, b = self.signal[t].view(-1, 1, 1, 1), self.noise[t].view(-1, 1, 1, 1)
         x = a * clean + b * noise
-        target = {"epsilon": noise, "sample": clean}.get(self.prediction)
-        return x, a * noise - b * clean if target is None else target
+        return x, sampling.prediction_target(self.prediction, clean, noise, a, b)
 
     def _losses(self, clean: Tensor, noise: Tensor, t: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         o = self.options

@@ -311,9 +311,10 @@ def check_conditioned(model: nn.Module, scheduler: Any) -> None:
     Raises:
         UserError: inputs that are not known here.
     """
+    from .sampling import check_schedule
+
     input_spec(model)
-    if not isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
-        raise UserError(f"{type(scheduler).__name__} has no alphas_cumprod; only schedulers of the DDPM family are supported.")
+    check_schedule(scheduler)
 
 
 def latent_stepper(scheduler: Any, steps: int) -> Any:

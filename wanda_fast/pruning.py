@@ -466,6 +466,7 @@ class _Run:
 
     def load(self, model: Any) -> None:
         from . import checkpoint, model_card
+        from .sampling import check_schedule
 
         self.asked_model = str(model) if isinstance(model, (str, Path)) else None
         with self.stages("load"):
@@ -483,8 +484,7 @@ class _Run:
                 unet = getattr(model, "unet", None) or getattr(model, "transformer", None)
                 if unet is None or getattr(model, "scheduler", None) is None:
                     raise UserError(f"{type(model).__name__} is not a pipeline with a unet and a scheduler")
-                if not isinstance(getattr(model.scheduler, "alphas_cumprod", None), Tensor):
-                    raise UserError(f"{type(model.scheduler).__name__} has no alphas_cumprod; only schedulers of the DDPM family are supported")
+                check_schedule(model.scheduler)
                 self.saved_dtype = next(unet.parameters()).dtype
                 # nn.Module.to, here and below: the override of diffusers warns about a choice that is not made here
                 self.unet = nn.Module.to(copy.deepcopy(unet), device=self.device, dtype=torch.float32)

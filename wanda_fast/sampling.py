@@ -206,6 +206,36 @@ def check_network(unet: nn.Module, scheduler: Any) -> None:
         raise UserError("unsupported network: class_embed_type 'identity' expects ready embeddings instead of labels.")
 
 
+def check_schedule(scheduler: Any, where: str = "") -> None:
+    """Refuse a scheduler without the noise schedule ᾱ that everything here is computed with; `where` stands before the text.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
+        raise UserError(f"{where}{type(scheduler).__name__} has no alphas_cumprod; only schedulers of the DDPM family are supported.")
+
+
+def prediction_target(kind: str, clean: Tensor, eps: Tensor, signal: Tensor, blur: Tensor) -> Tensor:
+    """What a network is trained to give for x_t = signal · x₀ + blur · ε: ε, x₀, or v = signal · ε - blur · x₀.
+
+    Args:
+        kind: `prediction_type` of the scheduler: "epsilon", "sample" or "v_prediction".
+        clean, eps: x₀ and ε, [N, C, H, W].
+        signal, blur: √ᾱ_t and √(1-ᾱ_t), [N, 1, 1, 1].
+
+    Raises:
+        UserError: another kind.
+    """
+    if kind == "epsilon":
+        return eps
+    if kind == "sample":
+        return clean
+    if kind == "v_prediction":
+        return signal * eps - blur * clean
+    raise UserError(f"unsupported prediction type {kind!r} of the scheduler.")
+
+
 def image_shape(unet: nn.Module) -> tuple[int, int, int]:
     """(C, H, W) of the network's images.
 
@@ -346,6 +376,16 @@ def noise(shape: Sequence[int], indices: Sequence[int], seed: int, stream: str) 
     return torch.stack([torch.randn(*shape, generator=generator(seed, stream, int(i))) for i in indices])
 
 
+def label_count(unet: nn.Module) -> int:
+    """How many labels a class-conditional network knows."""
+    config: Any = unet.config
+    if config.get("class_embed_type") == "timestep":
+        # Embeds a number as a timestep is embedded; its useful range is that of the timesteps. A learned embedding of timesteps holds
+        # so many of them.
+        return int(config.get("num_train_timesteps") or 1000)
+    return int(config["num_class_embeds"])
+
+
 def class_labels(
     unet: nn.Module, indices: Sequence[int], seed: int, device: torch.device | str = "cpu"
 ) -> Any:
@@ -356,13 +396,9 @@ def class_labels(
 
     if inputs.is_conditioned(unet):
         return inputs.Prompts().pick(inputs.input_spec(unet), indices, [True] * len(indices), seed, device or "cpu")
-    config: Any = unet.config
     if getattr(unet, "class_embedding", None) is None:
         return None
-    # class_embed_type "timestep" embeds a number as a timestep is embedded; its useful range is that of the timesteps.
-    # A learned embedding of timesteps holds so many of them.
-    numbers = int(config.get("num_train_timesteps") or 1000)
-    count = numbers if config.get("class_embed_type") == "timestep" else int(config["num_class_embeds"])
+    count = label_count(unet)
     draws = [int(torch.randint(count, (1,), generator=generator(seed, "label", int(i)))) for i in indices]
     return torch.tensor(draws, dtype=torch.int64, device=device)
 

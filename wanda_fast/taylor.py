@@ -22,22 +22,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import UserError
-from .sampling import channels_last, class_labels, evaluating, image_shape, noise, predict, to_float
+from .sampling import channels_last, class_labels, evaluating, image_shape, noise, predict, prediction_target, to_float
 
 _IMAGES_PER_TIMESTEP = 16  # enough for a loss within some 10 %; what is left over buys more timesteps
 
 
 class Noised(NamedTuple):
-    """x_t [N, C, H, W] float32, t [N] int64, labels [N] int64 or None, the noise [N, C, H, W] in x_t, and what the network is
-    to predict there (None: that noise); on one device.
+    """x_t [N, C, H, W] float32, t [N] int64, labels [N] int64 or None, and what the network is to predict, [N, C, H, W]; on one
+    device.
     """
 
     x: Tensor
     t: Tensor
     labels: Tensor | None
-    noise: Tensor
-    target: Tensor | None = None
+    target: Tensor
 
 
 class NoisedImages:
@@ -51,8 +49,6 @@ class NoisedImages:
         self.unet, self.images, self.seed = unet, images, seed
         self.alphas = scheduler.alphas_cumprod.to("cpu", torch.float64)
         self.kind = str(scheduler.config.get("prediction_type", "epsilon"))
-        if self.kind not in ("epsilon", "v_prediction", "sample"):
-            raise UserError(f"unsupported prediction type {self.kind!r} of the scheduler.")
 
     def __call__(self, samples: Tensor, t: Tensor) -> Noised:
         """The noised images of these samples.
@@ -66,9 +62,8 @@ class NoisedImages:
         signal, blur = (v.sqrt().float().view(-1, 1, 1, 1) for v in (self.alphas[t], 1 - self.alphas[t]))
         clean = to_float(self.images[samples % len(self.images)])
         x = signal * clean + blur * eps
-        target = {"epsilon": eps, "v_prediction": signal * eps - blur * clean, "sample": clean}[self.kind]
-        labels = class_labels(self.unet, samples.tolist(), self.seed, device)
-        return Noised(x.to(device), t.to(device), labels, eps.to(device), target.to(device))
+        target = prediction_target(self.kind, clean, eps, signal, blur)
+        return Noised(x.to(device), t.to(device), class_labels(self.unet, samples.tolist(), self.seed, device), target.to(device))
 
 
 @dataclass
@@ -142,8 +137,7 @@ def loss_gradients(
             def loss_of(samples: Tensor, t: int = t) -> Tensor:
                 batch = noised(samples, torch.full((len(samples),), t, dtype=torch.int64))
                 out = predict(unet, batch.x, batch.t, batch.labels)
-                target = batch.noise if batch.target is None else batch.target
-                return F.mse_loss(out, target.float()) * (len(samples) / each)
+                return F.mse_loss(out, batch.target.float()) * (len(samples) / each)
 
             if len(chunks) == 1:
                 part = loss_of(chunks[0])
