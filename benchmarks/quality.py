@@ -21,7 +21,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ OURS = "wanda-diff"
 RIVALS = ("magnitude", "wanda-fluctuation", "lstsq-residual", "taylor", "diff-pruning", "random", "reinit")
 TORCH_PRUNING = tuple(f"torch-pruning {name}" for name in ("magnitude", "taylor", "random"))
 PRUNE_BATCH = (256, 32)  # images per pass of prune, on a GPU and on a CPU
+CALIB_IMAGES = (2048, 512)  # that prune draws there
 Row = dict[str, Any]
 
 
@@ -127,7 +129,7 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
 
 
 # What must agree for rows to stand in one file; the other entries of the protocol explain.
-PROTOCOL_KEYS = ("samples", "steps", "precision", "noise_images", "calib_steps", "repair_images", "features", "real")
+PROTOCOL_KEYS = ("samples", "steps", "precision", "noise_images", "calib_steps", "repair_images", "calibration", "features", "real")
 
 
 def same_protocol(a: dict[str, Any], b: dict[str, Any]) -> str:
@@ -351,7 +353,7 @@ class Bench:
         unet, found = self.prune(config) if checkpoint is None else self.load(checkpoint)
         pruned_at = time.perf_counter()
         row = self.row(config, unet) | found
-        compiled = self.args.compile and (config.layout, config.split, config.budget) == ("stock", "sensitivity", MAIN_BUDGET)
+        compiled = self.args.compile and (config.split, config.budget) == ("sensitivity", MAIN_BUDGET) and checkpoint is None
         row["sampled"] = "compiled" if compiled else "eager"
         images = self.sample(unet, self.args.samples, compiled=compiled).to(self.device)
         sampled_at = time.perf_counter()
@@ -411,13 +413,21 @@ class Bench:
         """The pruned network in float32 on the device, and what is to be said about it. It is kept in `folder` of the cache."""
         if config.pruner.startswith("torch-pruning "):
             return self.rival(config)
+        name = "-".join(str(v) for v in asdict(config).values()).replace("%", "pct").replace(", ", "-").replace(" ", "-")
+        kept = self.cache / folder / self.model / name
+        with _turn(self.cache if self.args.shared else None):
+            self.pruned(config, kept, folder)
+        unet, found = self.load(kept)
+        seconds = json.loads((kept / "wall.json").read_text(encoding="utf-8"))["seconds"]
+        return unet, found | {"prune_seconds": round(seconds, 2)}
+
+    def pruned(self, config: Config, kept: Path, folder: str) -> None:
+        """Make the folder `kept` of a row, where it is not there yet."""
         from wanda_fast import checkpoint, prune
         from wanda_fast.importance import CRITERIA
 
         args = self.args
-        name = "-".join(str(v) for v in asdict(config).values()).replace("%", "pct").replace(", ", "-").replace(" ", "-")
         method, _, weighting = config.repair.partition(WEIGHTED)
-        kept = self.cache / folder / self.model / name
         if not (kept / "pruning.json").is_file():
             dataset = self.calibration_images(config.seed)
             criterion = CRITERIA[config.pruner]
@@ -440,9 +450,6 @@ class Bench:
                 wall += self.seconds.get(f"{tables} {config.seed}", 0.0)
             wall += self.seconds.get(f"images {config.seed}", 0.0)
             (kept / "wall.json").write_text(json.dumps({"seconds": wall}), encoding="utf-8")
-        unet, found = self.load(kept)
-        seconds = json.loads((kept / "wall.json").read_text(encoding="utf-8"))["seconds"]
-        return unet, found | {"prune_seconds": round(seconds, 2)}
 
     def load(self, folder: Path | str) -> tuple[nn.Module, Row]:
         """The network of a folder that `prune` wrote or `finetune` went on with, and what is to be said about it."""
@@ -486,17 +493,17 @@ class Bench:
         from wanda_fast import data
 
         spec = self.calibration_images(seed)
-        return data.load_images(spec, n=512, unet=self.unet, scheduler=self.scheduler, bundled=self.source is None)
+        return data.load_images(spec, n=self.args.calib_images, unet=self.unet, scheduler=self.scheduler, bundled=self.source is None)
 
     def calibration_images(self, seed: int) -> str:
-        """A folder of 512 samples of the dense network, drawn once per seed; for the bundled model the sheet that ships with it."""
+        """A folder of samples of the dense network, drawn once per seed; for the bundled model the sheet that ships with it."""
         if self.source is None:
             return "self"
         from PIL import Image
 
         from wanda_fast.data import SHEET_SEED
 
-        folder = self.cache / f"calibration-{self.model}-{seed}"
+        folder = self.cache / f"calibration-{self.model}-{self.args.calib_images}-{seed}"
         if not folder.is_dir():
             begin = time.perf_counter()
             images = self.sample(self.unet, self.args.calib_images, seed=seed ^ SHEET_SEED)
@@ -516,6 +523,22 @@ def _evenly(total: int, n: int) -> list[int]:
     from wanda_fast.data import _evenly as evenly
 
     return evenly(total, n)
+
+
+@contextmanager
+def _turn(folder: Path | None) -> Iterator[None]:
+    """Alone among the processes that share the folder: a repair takes half of a GPU's memory. None: at once."""
+    if folder is None:
+        yield
+        return
+    import fcntl
+
+    with (folder / "turn").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # given back when the file is closed
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
 
 
 class clock:
@@ -553,7 +576,8 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     gpu = device.type == "cuda"
     defaults = {
-        "precision": ("fp16", "fp32"), "batch_size": (1000, 8), "feature_batch": (500, 32), "prune_batch": PRUNE_BATCH, "speed_batch": (256, 8),
+        "precision": ("fp16", "fp32"), "calib_images": CALIB_IMAGES, "batch_size": (1000, 8), "feature_batch": (500, 32),
+        "prune_batch": PRUNE_BATCH, "speed_batch": (256, 8),
     }  # fmt: skip
     for name, (on_gpu, on_cpu) in defaults.items():
         if getattr(args, name) is None:
@@ -732,6 +756,7 @@ def grids(args: argparse.Namespace) -> Path:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     args.precision, args.batch_size = args.precision or "fp32", args.batch_size or (128 if device.type == "cuda" else 8)
     args.prune_batch = args.prune_batch or PRUNE_BATCH[device.type != "cuda"]
+    args.calib_images = args.calib_images or CALIB_IMAGES[device.type != "cuda"]
     cache = Path(args.cache) if args.cache else Path(tempfile.mkdtemp(prefix="wanda_fast-grids-"))
     cache.mkdir(parents=True, exist_ok=True)
     try:
@@ -789,7 +814,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, default=50, help="DDIM steps (default: 50)")
     p.add_argument("--noise_images", type=int, default=1000, help="noised images of the noise error (default: 1000)")
     p.add_argument("--calib_steps", type=int, default=1024, help="noised images of the calibration (default: 1024)")
-    p.add_argument("--calib_images", type=int, default=512, help="images drawn for the calibration (default: 512)")
+    p.add_argument("--calib_images", type=int, help="images drawn for the calibration (default: {}, {})".format(*CALIB_IMAGES))
     p.add_argument("--repair_images", type=int, help="noised images of the repair (default: that of prune)")
     p.add_argument("--precision", choices=("fp32", "fp16", "bf16"),
         help="of sampling, dense and pruned alike (default: fp16 on a GPU, fp32 on a CPU)")  # fmt: skip
@@ -803,7 +828,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--merge", type=Path, nargs="+", metavar="FILE.json", help="put the rows of several files into --out; nothing is measured")
     p.add_argument("--max_rows", type=int, help="only the first rows of the order")
     p.add_argument("--budget_seconds", type=float, help="start no row that would end after this time")
-    p.add_argument("--compile", action="store_true", help="sample the stock networks of the main budget, most of the rows, under torch.compile")
+    p.add_argument("--compile", action="store_true", help="sample the networks of the main budget, most of the rows, under torch.compile")
     p.add_argument("--checkpoint", metavar="FOLDER",
         help="measure this pruned checkpoint instead of the rows, as one more of the default criterion")  # fmt: skip
     p.add_argument("--named", default="lstsq, finetuned", metavar="WORDS", help="the repair of --checkpoint (default: lstsq, finetuned)")

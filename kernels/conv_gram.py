@@ -72,7 +72,8 @@ def _back(largest_1_ptr, largest_2_ptr, most_ptr, WEIGHTED: tl.constexpr):
     return back
 
 
-@triton.jit
+# Numbers that no access's alignment depends on are not specialised: each variant that Triton compiles takes a first run a second or two.
+@triton.jit(do_not_specialize=["H", "HP", "WP", "PAD_H", "PAD_W"])
 def _pack_kernel(
     x_ptr,
     weight_ptr,
@@ -116,7 +117,7 @@ def _pack_kernel(
     tl.store(target + C, low.to(tl.float16), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "S", "ROWS", "TILES_2"])
 def _products_kernel(
     a_ptr,
     b_ptr,
@@ -172,7 +173,7 @@ def _products_kernel(
         tl.store(targets, before + (high + low / LOW), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["STRETCHES"])
 def _sum_kernel(
     partial_ptr,
     largest_1_ptr,

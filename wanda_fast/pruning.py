@@ -56,6 +56,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # deep slots would shrink together, which an estimate slot by slot does not see.
 WEIGHTINGS = ("none", "last", "all")  # layers whose repair counts timesteps by their effect on the image
 FLOORS: dict[str, tuple[float, ...]] = {"stock": (0.25,), "free": (0.5, 0.375, 0.25)}
+# Images drawn for the dataset "self", at least; half of those of the repair where that is more (a GPU): each is noised twice then, and
+# 4096 different ones in place of 512 lower the Fréchet distance by 0.5 (benchmarks/results/recipe-h200.md).
+DRAWN = 512
 SENSITIVITY_IMAGES = (32, 128)  # noised images of the sensitivity study, on a CPU and on a GPU
 TRIAL_IMAGES = (32, 128)  # images that judge a trial, on a CPU and on a GPU
 TRIAL_REPAIR = (64, 512)  # noised images of its repair: four times as many change no order (benchmarks/results/recipe-h200.md)
@@ -589,10 +592,11 @@ class _Run:
 
             o = self.options
             need = max(o.calib_steps, self.repair_images if o.repair != "none" else 0)
+            drawn = o.dataset == "self"
             with self.stages("images"):
                 self._images = data.load_images(
                     o.dataset,
-                    n=min(need, 512) if o.dataset == "self" else need,
+                    n=min(need, max(DRAWN, self.repair_images // 2)) if drawn else need,
                     unet=self.unet,
                     scheduler=self.scheduler,
                     bundled=self.bundled,
@@ -601,7 +605,8 @@ class _Run:
                     steps=o.num_inference_steps,
                     batch_size=self.batch_size,
                     device=self.device,
-                    dtype=self.dtype,
+                    # A picture has 8 bits, and on a GPU the drawing is a good part of the run.
+                    dtype=torch.bfloat16 if drawn and self.device.type == "cuda" else self.dtype,
                     progress=self.progress,
                 )
             self.log(f"calibration images: {len(self._images)} ({self._source_of_images()})")
