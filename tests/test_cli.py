@@ -410,7 +410,8 @@ def test_an_interrupt_that_another_package_makes_an_error_of_is_an_interrupt(mon
 
 
 @pytest.mark.parametrize("line", ["analyze --dataset {0} --out {0}", "export --model {0} --out {0}", "evaluate {0} --out {0}",
-                                  "evaluate --real {0}/a.npz --out {0}", "finetune --dataset {0} --out {0}"])  # fmt: skip
+                                  "evaluate --real {0}/a.npz --out {0}", "finetune --dataset {0} --out {0}",
+                                  "prune --model {0} --save_path {0}", "prune --dataset {0} --out {0}"])  # fmt: skip
 def test_overwrite_spares_what_a_command_reads(tmp_path, monkeypatch, capsys, line):
     monkeypatch.setattr(checkpoint, "load_pipeline", lambda *a, **k: pytest.fail("a model was loaded"))
     (tmp_path / "a.png").write_text("mine")

@@ -13,6 +13,7 @@ from diffusers import DDPMPipeline
 import wanda_fast
 from wanda_fast.cli import main
 from wanda_fast.evaluation import ssim
+from wanda_fast.memory import free_gpu_bytes
 from wanda_fast.sampling import sample
 from wanda_fast.smaller_batches import usual_batch_size
 
@@ -44,6 +45,16 @@ def test_prune(pruned: Path) -> None:
     with torch.no_grad():
         out = pipeline.unet(torch.randn(2, 3, 32, 32), torch.tensor([10, 900])).sample
     assert torch.isfinite(out).all()
+
+
+def test_memory_that_pytorch_keeps_of_freed_tensors_is_free() -> None:
+    size = 2 << 30
+    large = torch.empty(size, dtype=torch.uint8, device="cuda")
+    del large
+    kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    assert kept >= size
+    before = torch.cuda.mem_get_info()[0]  # the driver knows nothing of it
+    assert free_gpu_bytes(torch.device("cuda")) >= before + size
 
 
 @pytest.mark.parametrize("mode", ["eager", "compiled"])

@@ -161,6 +161,7 @@ def test_memory_bound_gives_the_same_weights() -> None:
     assert repair(dense, pruned, keep, batches).replayed_images == 0
     report = repair(dense, other, keep, batches, memory_limit=1)
     assert report.replayed_images == 16 and report.images == 24
+    assert "24 images, 16 of them passed anew for every layer, for lack of memory, in " in report.summary()
     assert all(torch.equal(v, other.state_dict()[k]) for k, v in pruned.state_dict().items())
 
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, sampling
 from .errors import UserError
+from .memory import free_gpu_bytes
 
 FORMAT = "wanda_fast.finetune/1"
 SCHEDULES = ("cosine", "constant")
@@ -351,7 +352,7 @@ class _Training:
         self.held_out = images[chosen]
         self.images = images[mask]
         self.log(f"images: {len(self.images)} for training, {len(self.held_out)} held out ({Path(o.dataset).name})")
-        if self.device.type == "cuda" and self.images.nbytes < torch.cuda.mem_get_info(self.device)[0] // 4:
+        if self.device.type == "cuda" and self.images.nbytes < free_gpu_bytes(self.device) // 4:
             self.images = self.images.to(self.device)  # no loader, no copies: a step only picks rows
 
     def _check_parts(self, teacher: Any) -> None:

@@ -30,6 +30,14 @@ def parse_bytes(text: str | int, what: str = "size") -> int:
     return size
 
 
+def free_gpu_bytes(device: torch.device) -> int:
+    """Bytes of a GPU that this process could take now. What PyTorch keeps of freed tensors is given back first: the driver counts it as
+    taken, and it can be most of the memory where something large ran before.
+    """
+    torch.cuda.empty_cache()
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
 class PeakMemory:
     """The most memory between `start` and `stop`: of tensors on the GPU, and of the whole process on the host.
 

@@ -23,7 +23,7 @@ from .calibrate import TABLE_LIMIT, table_memory
 from .errors import UserError
 from .importance import COMBINATIONS, CRITERIA, Context, draw_anew, get_criterion, slot_scores
 from .inner_slots import base_class
-from .memory import PeakMemory, parse_bytes
+from .memory import PeakMemory, free_gpu_bytes, parse_bytes
 from .plan import (
     LAYOUTS,
     NORM_POLICIES,
@@ -410,7 +410,8 @@ def prune(
     if asked.resume and (save_path is None or dry_run):
         raise UserError("to resume needs a folder that is written: what is done so far is kept beside it")
     if save_path is not None and not dry_run:
-        checkpoint.check_target(save_path, overwrite)
+        # Statistics and plans are read long before the folder is replaced, and the new one holds them too.
+        checkpoint.check_target(save_path, overwrite, reads=[model, asked.dataset, asked.data_dir, asked.prompt_embeds])
     together = distributed.ranks()
     silent = log is None or not together.main
     run = _Run(asked, device, progress and together.main, (lambda line: None) if silent else log)  # type: ignore[arg-type]
@@ -639,7 +640,7 @@ class _Run:
         t = torch.zeros(1, dtype=torch.int64, device=home)
         labels = class_labels(self.unet, [0], 0, home)
         each = 2 * peak_bytes(lambda: self.unet(x, t, class_labels=labels))
-        most = int(0.5 * torch.cuda.mem_get_info(self.device)[0] / each)
+        most = int(0.5 * free_gpu_bytes(self.device) / each)
         return min(4096, max(256, most // 256 * 256))
 
     def batches(self, n: int, seed_offset: int = 0, batch_size: int | None = None) -> Callable[[], Iterable[Any]]:

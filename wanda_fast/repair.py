@@ -31,6 +31,7 @@ from wanda_fast.conv_gram import map_rows, patch_rows, row_gram, rows_weight, we
 from wanda_fast.distributed import ranks
 from wanda_fast.least_squares import Sums, solve_ridge
 from wanda_fast.lockstep import Event, Hooked, Walk, first_tensor, peak_bytes
+from wanda_fast.memory import free_gpu_bytes
 from wanda_fast.offload import visiting
 from wanda_fast.resume import RepairState
 
@@ -99,8 +100,9 @@ class RepairReport:
         before = _geometric_mean([r.held_before if held else r.error_before for r in done])
         after = _geometric_mean([r.held_after if held else r.error_after for r in done])
         where = "held-out images" if held or not done else "the images of the fit"
+        again = f", {self.replayed_images} of them passed anew for every layer, for lack of memory," if self.replayed_images else ""
         return (
-            f"repair: {len(done)} of {len(self.layers)} layers refitted ({exact} were exact) with {self.images} images in "
+            f"repair: {len(done)} of {len(self.layers)} layers refitted ({exact} were exact) with {self.images} images{again} in "
             f"{self.seconds:.1f} s; typical layer error {before:.2g} -> {after:.2g} on {where}"
         )
 
@@ -1001,7 +1003,7 @@ def _progress(stages: list[_Stage], show: bool) -> Iterable[_Stage]:
 def _memory_budget(device: torch.device) -> int:
     """Bytes that waiting passes may hold: 60 % of a GPU's free memory, 40 % of the free main memory."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * 0.6)
+        return int(free_gpu_bytes(device) * 0.6)
     try:
         return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 0.4)
     except (ValueError, OSError, AttributeError):
