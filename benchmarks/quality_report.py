@@ -22,7 +22,9 @@ BEGIN, END = "<!-- quality table: begin -->", "<!-- quality table: end -->"
 def _label(row: Row) -> str:
     if row["pruner"] == "dense":
         return "dense"
-    extras = [] if row["repair"] == "lstsq" else [f"repair {row['repair'].replace(',', '')}"]
+    method, _, more = row["repair"].partition(", ")  # such as "lstsq, finetuned"
+    extras = [] if method == "lstsq" else [f"repair {method}"]
+    extras += [more] if more else []
     extras += [row["layout"]] if row["layout"] != "stock" else []
     extras += ["uniform split"] if row["split"] == "uniform" else []
     return ", ".join([row["pruner"], *extras])
@@ -62,7 +64,7 @@ def _in_readme(groups: Sequence[list[Row]]) -> dict[int, str]:
     found = {}
     for i, group in enumerate(groups):
         row = group[0]
-        ours = i in main and row["pruner"] == OURS and row["repair"] in ("lstsq", "none")
+        ours = i in main and row["pruner"] == OURS and WEIGHTED not in row["repair"]
         chance = i in main and (row["pruner"], row["repair"], row["layout"]) == ("random", "lstsq", "stock")
         if row["pruner"] == "dense" or ours or chance or i == best:
             found[i] = _label(row) + (f" ({which})" if i == best else "")
@@ -176,6 +178,7 @@ def plot(results: dict[str, Any], folder: Path) -> list[Path]:
         labels = [label for label in dict.fromkeys(_label(row) for row in rows) if label != "dense"]
         for axis, (name, title) in zip(axes[0], panels, strict=True):
             for i, label in enumerate(labels):
+                other = "repair" in label or "finetuned" in label
                 groups = sorted(grouped([row for row in rows if _label(row) == label]), key=lambda g: g[0]["macs"])
                 points = []
                 for group in groups:
@@ -189,7 +192,7 @@ def plot(results: dict[str, Any], folder: Path) -> list[Path]:
                 ours = label.startswith(OURS)
                 axis.errorbar(
                     x, y, yerr=[[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]],
-                    marker="osD^vP*Xph<>"[i % 12], color=plt.get_cmap("tab20")(i % 20), linestyle="-" if "repair" not in label else ":",
+                    marker="osD^vP*Xph<>"[i % 12], color=plt.get_cmap("tab20")(i % 20), linestyle=":" if other else "-",
                     linewidth=2 if ours else 1, markersize=6, label=label, capsize=3,
                 )  # fmt: skip
             dense = [row for row in rows if row["pruner"] == "dense" and row.get(name) is not None]
@@ -198,6 +201,8 @@ def plot(results: dict[str, Any], folder: Path) -> list[Path]:
                 axis.plot([dense[0]["macs"] / 1e9], [dense[0][name]], "k*", markersize=11, label="dense")
             if name == "fd":
                 axis.set_yscale("log")
+                for one in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                    one("{x:.0f}")
             axis.set_xlabel("GMACs of one forward pass")
             axis.set_ylabel(title)
             axis.grid(alpha=0.3, which="both")
@@ -219,7 +224,7 @@ def main() -> int:
     readme = ROOT / "README.md"
     readme.write_text(table.insert(readme.read_text(encoding="utf-8"), content(), BEGIN, END), encoding="utf-8")
     FULL.write_text(full(), encoding="utf-8")
-    for found in _results(LARGE_CPU_RESULTS):
+    for found in reversed(_results(LARGE_CPU_RESULTS)):  # of one model the file of more samples comes last and stays
         for path in plot(found, ROOT / "docs"):
             print(f"wrote docs/{path.name}")
     return 0

@@ -277,12 +277,21 @@ def test_quality_in_words_is_that_of_the_results():
     assert f"SSIM {stock['ssim']:.3f} in the stock layout, {free['ssim']:.3f} in the free one" in GUIDE
     assert f"from {dense['fd']:.1f} to {stock['fd']:.1f} and {free['fd']:.1f}" in " ".join(GUIDE.split())
     assert f"(dense {dense['fd']:.1f}) | {free['fd']:.1f} free layout, {stock['fd']:.1f} stock |" in notes()
-    first, later = [], []  # of their process: only the first one calibrates for its seed, and compiles
-    for row in results("quality.json")["rows"]:
-        if row["repair"].startswith("lstsq") and row["budget"] == "56.3%":
-            (first if row["stages"]["calibrate"] > 0.1 else later).append(row["prune_seconds"])
-    assert f"{min(later):.1f} to {max(later):.1f} s, drawing" in notes()
-    assert f"; {min(first):.1f} to {max(first):.1f} s for the first of a process" in notes()
+    ours = {(row["budget"], row["layout"]): row["ssim"] for row in results("quality.json")["rows"]
+            if (row["pruner"], row["repair"], row["seed"]) == ("wanda-diff", "lstsq", 0)}  # fmt: skip
+    high, low, stock_low = ours["76%", "free"], ours["24.8%", "free"], ours["24.8%", "stock"]
+    assert f"| {high:.3f} and {low:.3f} free | stock: {stock_low:.3f} at 1.5;" in notes()
+    assert f"{free['ssim']:.3f} against {stock['ssim']:.3f} at 56 % of the MACs and {low:.3f} against {stock_low:.3f} at 25 %" in GUIDE
+    (trained,) = (row for row in results("quality.json")["rows"] if row["repair"] == "lstsq, finetuned")
+    said = f"{stock['fd']:.1f} to {trained['fd']:.1f}, SSIM {stock['ssim']:.3f} to {trained['ssim']:.3f}"
+    assert f"| {said}, noise MSE {stock['noise_mse']:.5f} to {trained['noise_mse']:.5f} |" in notes()
+    assert f"SSIM only from {stock['ssim']:.3f} to {trained['ssim']:.3f}" in GUIDE
+    assert f"Fréchet distance from {stock['fd']:.1f} to {trained['fd']:.1f}" in GUIDE
+    (lines,) = re.findall(r"\| network \| 1 - SSIM .*?\n\|---.*?\n(.*?)\n\n", notes(), re.DOTALL)
+    assert {tuple(cell.strip() for cell in line.split("|")[2:5]) for line in lines.splitlines()} == {
+        (f"{1 - row['ssim']:.4f}", f"{row['fd'] - dense['fd']:.1f}", f"{row['noise_mse']:.5f}")
+        for row in results("quality.json")["rows"] if row["seed"] == 0 and row["pruner"] != "dense"
+    }  # fmt: skip
 
     found: dict[tuple[str, str], list[float]] = {}
     for row in results("quality-cpu.json")["rows"]:
@@ -307,9 +316,7 @@ def test_budgets_of_the_large_network_are_those_of_the_results():
         assert f"| {stock['macs'] / 1e9:.2f} G | {cells[0]} | {cells[1]} |" in cpu_notes
         if budget != "56.3%":
             assert f"{free['ssim']:.3f} against {stock['ssim']:.3f} at {float(budget[:-1]):.0f} %" in guide
-    (high, low), layouts = budgets[::3], ("free", "stock")
-    said = ", ".join(f"{name} {found[high, name]['ssim']:.3f} and {found[low, name]['ssim']:.3f}" for name in layouts)
-    assert f"| {said} |" in notes()
+    assert f"(notes-cpu.md#the-large-network-at-four-budgets) {found['76%', 'stock']['ssim']:.3f} at 4.6 |" in notes()
 
 
 def test_speed_in_words_is_that_of_the_results():
