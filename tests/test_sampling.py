@@ -162,9 +162,15 @@ def test_grid_places_every_image(tmp_path: Path) -> None:
         save_grid(images[..., :2], tmp_path / "x.png")
 
 
-def test_channels_last_is_put_back(unet: nn.Module) -> None:
+def test_layout_for() -> None:
+    assert sampling.layout_for(torch.device("cpu")) is torch.channels_last
+    assert sampling.layout_for(torch.device("cuda", 1)) is torch.contiguous_format
+    assert sampling.layout_for(torch.device("cuda"), compiled=True) is torch.channels_last
+
+
+def test_the_layout_is_put_back(unet: nn.Module) -> None:
     before = {n: (p, p.clone()) for n, p in unet.named_parameters()}
-    with pytest.raises(RuntimeError), sampling.channels_last(unet):
+    with pytest.raises(RuntimeError), sampling.fast_layout(unet):
         assert not unet.conv_in.weight.is_contiguous()
         raise RuntimeError
     for name, parameter in unet.named_parameters():

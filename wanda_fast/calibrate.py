@@ -17,10 +17,10 @@ from ._callable import make_callable
 from .errors import UserError
 from .graphs import Steps, capture_for, upload
 from .sampling import (
-    channels_last,
     check_network,
     class_labels,
     evaluating,
+    fast_layout,
     generator,
     image_shape,
     make_stepper,
@@ -151,7 +151,7 @@ def calibrate(
     with (
         torch.no_grad(),
         evaluating(unet),
-        channels_last(unet),
+        fast_layout(unet),
         Collector(layers, count, device, backend=backend, means=means) as collector,
         tqdm(total=last - first, desc="calibration", unit="image", disable=not progress) as bar,
     ):

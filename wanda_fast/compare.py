@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import evaluation
 from .checkpoint import Loaded, load_pipeline
 from .errors import UserError
-from .sampling import channels_last, image_shape, sample
+from .sampling import fast_layout, image_shape, sample
 
 FORMAT = "wanda_fast.comparison/1"
 BUNDLED = "bundled"  # the word for the model that comes with the package
@@ -133,7 +133,7 @@ def _forward_seconds(unets: Sequence[nn.Module], batch_size: int, device: torch.
     for unet in unets:
         runs.append(evaluation._runner(unet, batch_size, device, dtype)[0])
     with torch.no_grad():
-        contexts = [channels_last(unet) for unet in unets]
+        contexts = [fast_layout(unet) for unet in unets]
         for context in contexts:
             context.__enter__()
         try:

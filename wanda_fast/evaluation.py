@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .sampling import (
-    channels_last,
     class_labels,
     evaluating,
+    fast_layout,
     image_shape,
     make_stepper,
     noise,
@@ -124,7 +124,7 @@ def noise_mse(
     """
     error = energy = torch.zeros((), dtype=torch.float64)
     count = samples = 0
-    with torch.no_grad(), evaluating(unet_a, unet_b), channels_last(unet_a), channels_last(unet_b):
+    with torch.no_grad(), evaluating(unet_a, unet_b), fast_layout(unet_a), fast_layout(unet_b):
         for batch in batches:
             x, t, labels = batch[0], batch[1], batch[-1]
             a = predict(unet_a, x, t, labels, dtype=dtype)
@@ -150,9 +150,9 @@ def forward_seconds(
     repeats: int = 7,
     warmup: int = 2,
 ) -> float:
-    """Median seconds of a forward pass of `batch_size` images in channels-last memory, after `warmup` passes."""
+    """Median seconds of a forward pass of `batch_size` images, in the layout of `sampling.layout_for`, after `warmup` passes."""
     run, device = _runner(unet, batch_size, device, dtype)
-    with torch.no_grad(), evaluating(unet), channels_last(unet):
+    with torch.no_grad(), evaluating(unet), fast_layout(unet):
         for _ in range(warmup):
             run()
         return statistics.median(_seconds(run, device) for _ in range(repeats))
@@ -174,7 +174,7 @@ def paired_forward_seconds(
     run_a, device_a = _runner(unet_a, batch_size, device, dtype)
     run_b, device_b = _runner(unet_b, batch_size, device, dtype)
     times: tuple[list[float], list[float]] = ([], [])
-    with torch.no_grad(), evaluating(unet_a, unet_b), channels_last(unet_a), channels_last(unet_b):
+    with torch.no_grad(), evaluating(unet_a, unet_b), fast_layout(unet_a), fast_layout(unet_b):
         for _ in range(warmup):
             run_a()
             run_b()
@@ -303,7 +303,7 @@ def errors_over_time(
     """
     sums = torch.zeros(bins, 5, dtype=torch.float64)  # samples, difference, energy, loss, loss of the reference
     networks = [unet] if reference is None else [unet, reference]
-    with torch.no_grad(), evaluating(*networks), channels_last(unet), channels_last(networks[-1]):
+    with torch.no_grad(), evaluating(*networks), fast_layout(unet), fast_layout(networks[-1]):
         for x, t, labels, target in batches:
             out = predict_evenly(unet, x, t, labels, dtype=dtype).double()
             other = out if reference is None else predict_evenly(reference, x, t, labels, dtype=dtype).double()

@@ -29,7 +29,7 @@ from .calibrate import calibrate, collect_layers, noised_batches
 from .errors import UserError
 from .importance import Context, get_criterion, slot_scores
 from .plan import select
-from .sampling import channels_last, evaluating, place, predict
+from .sampling import evaluating, fast_layout, place, predict
 from .slots import find_slots
 from .smaller_batches import in_smaller_batches
 from .stats import ActivationStats
@@ -188,7 +188,7 @@ class _Shapes:
         out: Tensor | None = None
         try:
             bar = tqdm(total=n, desc="shapes", unit="image", disable=not progress)
-            with torch.no_grad(), evaluating(unet), channels_last(unet), bar:
+            with torch.no_grad(), evaluating(unet), fast_layout(unet), bar:
                 while True:
                     try:
                         # Trajectories run the network inside the generator too; those passes are not counted.

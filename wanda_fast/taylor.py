@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .sampling import channels_last, class_labels, evaluating, image_shape, noise, predict, prediction_target, to_float
+from .sampling import class_labels, evaluating, fast_layout, image_shape, noise, predict, prediction_target, to_float
 
 _IMAGES_PER_TIMESTEP = 16  # enough for a loss within some 10 %; what is left over buys more timesteps
 
@@ -130,7 +130,7 @@ def loss_gradients(
     grid, each = timestep_grid(images, *timesteps)
     layers = {n: m for n, m in unet.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.Embedding))}
     result, largest = LossGradients(), 0.0
-    with channels_last(unet), _only_weights_learn(unet, layers):
+    with fast_layout(unet), _only_weights_learn(unet, layers):
         for k, t in enumerate(grid):
             chunks = torch.arange(k * each, (k + 1) * each).split(batch_size)
 
