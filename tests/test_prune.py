@@ -442,3 +442,21 @@ def test_the_seconds_of_a_stage_inside_another_count_once(monkeypatch):
 def test_bins_that_hold_one_image_each_are_still_bins():
     report = wanda_fast.prune(ratio=0.3, split="uniform", calib_steps=6, batch_size=4, stats_memory="1K", repair="none", dry_run=True).report
     assert report["reached"]["ratio"] > 0.2
+
+
+@pytest.mark.parametrize(("images", "repair", "drawn"), [(None, "lstsq", 512), (4096, "lstsq", 2048), (4096, "none", 512), (64, "lstsq", 512)])
+def test_how_many_calibration_images_are_drawn(monkeypatch, images, repair, drawn):
+    asked = {}
+
+    class Enough(Exception):
+        pass
+
+    def draw(spec: str, **options: Any) -> None:
+        asked.update(options)
+        raise Enough
+
+    monkeypatch.setattr("wanda_fast.data.load_images", draw)
+    model = DDPMPipeline(unet=random_unet(PLAIN), scheduler=DDPMScheduler())
+    with pytest.raises(Enough):
+        wanda_fast.prune(model, repair=repair, repair_images=images, num_samples=0, device="cpu", dtype="fp32")
+    assert (asked["n"], asked["dtype"]) == (drawn, torch.float32)

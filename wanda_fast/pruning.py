@@ -592,12 +592,13 @@ class _Run:
             from . import data
 
             o = self.options
-            need = max(o.calib_steps, self.repair_images if o.repair != "none" else 0)
+            repair = self.repair_images if o.repair != "none" else 0
+            need = max(o.calib_steps, repair)
             drawn = o.dataset == "self"
             with self.stages("images"):
                 self._images = data.load_images(
                     o.dataset,
-                    n=min(need, max(DRAWN, self.repair_images // 2)) if drawn else need,
+                    n=min(need, max(DRAWN, repair // 2)) if drawn else need,
                     unet=self.unet,
                     scheduler=self.scheduler,
                     bundled=self.bundled,
