@@ -52,9 +52,9 @@ OPERATIONS = ("channel_sq_norm", "wanda_score", "compact", "conv_gram")
 REPAIRS = ("lstsq", "bias", "none")
 TIMESTEPS = ("random", "trajectory")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WEIGHTINGS = ("none", "last", "all")  # layers whose repair counts timesteps by their effect on the image
 # Least share of a width that the sensitivity split keeps, measured (benchmarks/results/recipe-h200.md): with one width per slot many
 # deep slots would shrink together, which an estimate slot by slot does not see.
-WEIGHTINGS = ("none", "last", "all")  # layers whose repair counts timesteps by their effect on the image
 FLOORS: dict[str, tuple[float, ...]] = {"stock": (0.25,), "free": (0.5, 0.375, 0.25)}
 # Images drawn for the dataset "self", at least; half of those of the repair where that is more (a GPU): each is noised twice then, and
 # 4096 different ones in place of 512 lower the Fréchet distance by 0.5 (benchmarks/results/recipe-h200.md).
