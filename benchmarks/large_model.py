@@ -152,10 +152,10 @@ def relative_error(want: list[Tensor], got: list[Tensor]) -> float:
 
 def forward_seconds(model: nn.Module, batch: Any, device: torch.device) -> float:
     """Median seconds of five passes."""
-    from wanda_fast.sampling import channels_last
+    from wanda_fast.sampling import fast_layout
 
     times = []
-    with channels_last(model):
+    with fast_layout(model):
         for _ in range(6):
             if device.type == "cuda":
                 torch.cuda.synchronize(device)

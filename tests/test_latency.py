@@ -21,6 +21,20 @@ from wanda_fast.slots import find_slots
 SMALL: dict[str, Any] = {**PLAIN, "block_out_channels": (16, 32, 32), "norm_num_groups": 4}
 
 
+def time(module: Any, shape: torch.Size, c_in: int, c_out: int, *_: Any) -> float:
+    """Seconds of a layer by a formula."""
+    area = shape[2:].numel() if len(shape) == 4 else 1
+    if isinstance(module, nn.GroupNorm):
+        return 1e-6 * (1 + c_in * area)
+    return 1e-6 * (5 + c_in + 2 * c_out + c_in * c_out * area)
+
+
+@pytest.fixture
+def formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers take what the formula says: the real times of layers this small are noise beside other processes."""
+    monkeypatch.setattr(latency, "_time", time)
+
+
 def test_the_fit_finds_the_formula() -> None:
     points = [(i, o, 1e-6 * (3 + 0.1 * i + 0.2 * o + 0.01 * i * o)) for i in (8, 16, 32) for o in (8, 24, 64)]
     assert latency._fit(points) == pytest.approx((3e-6, 1e-7, 2e-7, 1e-8), rel=1e-6)
@@ -28,16 +42,9 @@ def test_the_fit_finds_the_formula() -> None:
     assert latency._fit([(3, 16, 1e-6), (3, 32, 2e-6)])[1] == 0  # inputs of one width tell nothing about them
 
 
-def test_the_model_adds_up_what_a_thinner_network_has(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("formula")
+def test_the_model_adds_up_what_a_thinner_network_has() -> None:
     """With times that follow a formula, predicted equals the sum over the layers of the network that was really cut."""
-
-    def time(module: Any, shape: torch.Size, c_in: int, c_out: int, *_: Any) -> float:
-        area = shape[2:].numel() if len(shape) == 4 else 1
-        if isinstance(module, nn.GroupNorm):
-            return 1e-6 * (1 + c_in * area)
-        return 1e-6 * (5 + c_in + 2 * c_out + c_in * c_out * area)
-
-    monkeypatch.setattr(latency, "_time", time)
     unet = random_unet(SMALL)
     slots = find_slots(unet)
     costs = cost_model(unet, slots)
@@ -65,6 +72,15 @@ def test_the_model_adds_up_what_a_thinner_network_has(monkeypatch: pytest.Monkey
     assert model.seconds(plan.widths) == pytest.approx(total, rel=1e-6)
     assert model.sizes(plan.widths)[0] == sum(p.numel() for p in thin.parameters())
     assert model.seconds({}) > model.seconds(plan.widths)
+
+
+def test_every_kind_of_layer_is_timed() -> None:
+    unet = random_unet(SMALL)
+    slots = find_slots(unet)
+    x, t = torch.randn(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64)
+    table = measure_layers(unet, slots, cost_model(unet, slots), lambda u: u(x, t), dtype=torch.float32).table
+    assert {kind.split()[0] for kind in table} == {"conv", "linear", "norm"}
+    assert all(seconds > 0 for points in table.values() for *_, seconds in points)
 
 
 def _pipeline(unet: Any) -> DDPMPipeline:
@@ -106,6 +122,7 @@ def test_a_budget_too_small_for_the_layout_keeps_the_best_before() -> None:
     assert best == 50 and not found.met
 
 
+@pytest.mark.usefixtures("formula")
 def test_prune_meets_a_latency_or_says_so(tmp_path: Path) -> None:
     lines: list[str] = []
     result = prune(
@@ -120,6 +137,7 @@ def test_prune_meets_a_latency_or_says_so(tmp_path: Path) -> None:
     assert result.report["pruned"]["macs"] < result.report["dense"]["macs"]
 
 
+@pytest.mark.usefixtures("formula")
 def test_a_share_that_no_legal_network_reaches_is_refused_in_shares() -> None:
     with pytest.raises(UserError, match=r"target_latency 0.001x: .* takes 0\.\d\dx of the dense network's time"):
         prune(
