@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import environment, log
+from benchmarks.images_per_s import Turn
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
@@ -426,30 +427,31 @@ class Bench:
         from wanda_fast import checkpoint, prune
         from wanda_fast.importance import CRITERIA
 
+        if (kept / "pruning.json").is_file():
+            return
         args = self.args
         method, _, weighting = config.repair.partition(WEIGHTED)
-        if not (kept / "pruning.json").is_file():
-            dataset = self.calibration_images(config.seed)
-            criterion = CRITERIA[config.pruner]
-            needs, tables = criterion.needs_stats, "means" if criterion.needs_means else "stats"
-            file = self.cache / f"{tables}-{self.model}-{config.seed}.safetensors"
-            begin = time.perf_counter()
-            result = prune(
-                self.source, save_path=kept, overwrite=True, pruner=config.pruner, repair=method, repair_weighting=weighting or "none",
-                layout=config.layout, split=config.split, target_macs=config.budget, seed=config.seed, num_samples=0, device=str(self.device),
-                dataset=dataset, calib_steps=args.calib_steps, repair_images=args.repair_images, batch_size=args.prune_batch,
-                load_stats=str(file) if needs and file.is_file() and folder == "pruned" else None,
-            )  # fmt: skip
-            wall = time.perf_counter() - begin
-            stages = result.report["seconds"]
-            if needs and not file.is_file():
-                with checkpoint.atomic_file(file) as temp:
-                    shutil.copyfile(kept / "activation_stats.safetensors", temp)
-                self.seconds[f"{tables} {config.seed}"] = stages.get("calibrate", 0.0)
-            elif needs and folder == "pruned":
-                wall += self.seconds.get(f"{tables} {config.seed}", 0.0)
-            wall += self.seconds.get(f"images {config.seed}", 0.0)
-            (kept / "wall.json").write_text(json.dumps({"seconds": wall}), encoding="utf-8")
+        dataset = self.calibration_images(config.seed)
+        criterion = CRITERIA[config.pruner]
+        needs, tables = criterion.needs_stats, "means" if criterion.needs_means else "stats"
+        file = self.cache / f"{tables}-{self.model}-{config.seed}.safetensors"
+        begin = time.perf_counter()
+        result = prune(
+            self.source, save_path=kept, overwrite=True, pruner=config.pruner, repair=method, repair_weighting=weighting or "none",
+            layout=config.layout, split=config.split, target_macs=config.budget, seed=config.seed, num_samples=0, device=str(self.device),
+            dataset=dataset, calib_steps=args.calib_steps, repair_images=args.repair_images, batch_size=args.prune_batch,
+            load_stats=str(file) if needs and file.is_file() and folder == "pruned" else None,
+        )  # fmt: skip
+        wall = time.perf_counter() - begin
+        stages = result.report["seconds"]
+        if needs and not file.is_file():
+            with checkpoint.atomic_file(file) as temp:
+                shutil.copyfile(kept / "activation_stats.safetensors", temp)
+            self.seconds[f"{tables} {config.seed}"] = stages.get("calibrate", 0.0)
+        elif needs and folder == "pruned":
+            wall += self.seconds.get(f"{tables} {config.seed}", 0.0)
+        wall += self.seconds.get(f"images {config.seed}", 0.0)
+        (kept / "wall.json").write_text(json.dumps({"seconds": wall}), encoding="utf-8")
 
     def load(self, folder: Path | str) -> tuple[nn.Module, Row]:
         """The network of a folder that `prune` wrote or `finetune` went on with, and what is to be said about it."""
@@ -531,14 +533,15 @@ def _turn(folder: Path | None) -> Iterator[None]:
     if folder is None:
         yield
         return
-    import fcntl
-
-    with (folder / "turn").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # given back when the file is closed
+    turn = Turn(folder / "turn")
+    turn.take()
+    try:
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
+    finally:
+        turn.give()
 
 
 class clock:

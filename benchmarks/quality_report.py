@@ -14,7 +14,7 @@ from benchmarks import table
 from benchmarks.quality import MAIN_BUDGET, OURS, RESULTS, ROOT, WEIGHTED, Row, key, read_results
 
 CPU_RESULTS = RESULTS.with_name("quality-cpu.json")
-LARGE_CPU_RESULTS = RESULTS.with_name("quality-large-cpu.json")  # other budgets of the large network, of few images; not in README's table
+LARGE_CPU_RESULTS = RESULTS.with_name("quality-large-cpu.json")  # budgets of the large network, of few images; in `FULL` alone
 FULL = ROOT / "benchmarks" / "results" / "quality.md"
 BEGIN, END = "<!-- quality table: begin -->", "<!-- quality table: end -->"
 
@@ -224,7 +224,7 @@ def main() -> int:
     readme = ROOT / "README.md"
     readme.write_text(table.insert(readme.read_text(encoding="utf-8"), content(), BEGIN, END), encoding="utf-8")
     FULL.write_text(full(), encoding="utf-8")
-    for found in reversed(_results(LARGE_CPU_RESULTS)):  # of one model the file of more samples comes last and stays
+    for found in _results():
         for path in plot(found, ROOT / "docs"):
             print(f"wrote docs/{path.name}")
     return 0
