@@ -6,12 +6,12 @@
 images/s = batch / (50 · median seconds of a forward pass): DDIM of 50 steps; the sampler's arithmetic between the passes is not in it. On a GPU
 bf16, on a CPU fp32; weights and images channels-last, inference mode, fixed shapes.
 
-Networks. Speed asks nothing of the weights, so they are random (seeded); the widths are those of real plans, stock layout, split
-"sensitivity", norm policy "free", alignment 16:
+Networks. Speed asks nothing of the weights, so they are random (seeded); the widths are those of real plans, split "sensitivity",
+norm policy "free", stock layout and alignment 16 where nothing else is said:
 
 - the architecture of google/ddpm-cifar10-32: (128, 112, 176, 80) at half of the MACs and (128, 160, 96, 64) at 56 % of them, both chosen on a
-  trained network with 64 images (random weights lead to the first as well); at batch 256 also what `--align 32`, `--align 64` and
-  `--split uniform` choose at half of the MACs (the uniform one reaches 45 %);
+  trained network with 64 images (random weights lead to the first as well); at batch 256 also what `--align 64` takes at half of the MACs, and
+  networks of the free layout, whose widths are in free_widths.json;
 - the 256-pixel architecture (google/ddpm-celebahq-256, ddpm-church-256, ddpm-bedroom-256): (112, 80, 64, 96, 128, 144) at half of the
   MACs, chosen as `--plan` does on random weights, with four images and the study's second moments summed in float64. A
   trained network will want others.
@@ -85,12 +85,20 @@ CIFAR10_32 = {
     HALF: narrower(shapes.DDPM_CIFAR10, (128, 112, 176, 80), 16),
     "56 % of the MACs": narrower(shapes.DDPM_CIFAR10, (128, 160, 96, 64), 32),
 }
-# What else half of the MACs can be: for batch 256 alone.
-CIFAR10_32_ALIGNED = {
+FREE_WIDTHS = Path(__file__).resolve().parent / "free_widths.json"
+
+
+def free_networks() -> dict[str, dict[str, Any]]:
+    """Networks of the free layout: configuration and kept channels per slot."""
+    networks = json.loads(FREE_WIDTHS.read_text(encoding="utf-8"))["networks"]
+    return {name: {**shapes.DDPM_CIFAR10, "pruned_widths": widths} for name, widths in networks.items()}
+
+
+# What else the MACs can be: for batch 256 alone.
+CIFAR10_32_MORE = {
     **CIFAR10_32,
-    "half of the MACs, --align 32": narrower(shapes.DDPM_CIFAR10, (128, 96, 224, 64), 32),
     "half of the MACs, --align 64": narrower(shapes.DDPM_CIFAR10, (128, 64, 256, 192), 32),
-    "half of the MACs, --split uniform --align 32": narrower(shapes.DDPM_CIFAR10, (96, 160, 160, 160), 32),
+    **free_networks(),
 }
 PIXELS_256 = {DENSE: DDPM_256, HALF: narrower(DDPM_256, (112, 80, 64, 96, 128, 144), 16)}
 
@@ -140,8 +148,6 @@ class Network:
     """A network in its process: compiles itself, and measures its forward pass in the modes it is asked for."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        from diffusers import UNet2DModel
-
         from wanda_fast.evaluation import count_macs, count_params
 
         if job["threads"]:
@@ -152,7 +158,7 @@ class Network:
         if self.on_gpu:
             torch.cuda.set_device(self.device)
         torch.manual_seed(job["seed"])
-        unet: Any = UNet2DModel(**job["config"]).eval().requires_grad_(False)
+        unet = build(job["config"]).eval().requires_grad_(False)
         self.about: dict[str, Any] = {"params": count_params(unet), "macs": count_macs(unet)}
         size, channels = job["config"]["sample_size"], unet.config["in_channels"]
         generator = torch.Generator().manual_seed(job["seed"])
@@ -269,6 +275,45 @@ class Network:
         self.run = None
         self._free()
         return {}
+
+
+def build(config: dict[str, Any]) -> Any:
+    """A randomly initialised network; "pruned_widths" in the configuration makes it one of the free layout."""
+    from diffusers import UNet2DModel
+
+    from wanda_fast.plan import norm_groups_after
+    from wanda_fast.pruned_unet import PrunedUNet2DModel
+    from wanda_fast.slots import find_slots
+
+    dense = {name: value for name, value in config.items() if name != "pruned_widths"}
+    widths = config.get("pruned_widths")
+    if widths is None:
+        return UNet2DModel(**dense)
+    with torch.device("meta"):
+        groups = norm_groups_after(find_slots(UNet2DModel(**dense)), widths, "free")
+    network = PrunedUNet2DModel({"widths": widths, "norm_groups": groups, "identity_shortcuts": []}, **dense)
+    for module in network.modules():  # its parameters wait for those of a checkpoint
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return network
+
+
+def level_widths(config: dict[str, Any]) -> list[int | str]:
+    """Widths per level; in the free layout least-most of the slots of each."""
+    free = config.get("pruned_widths")
+    if free is None:
+        return list(config["block_out_channels"])
+    from diffusers import UNet2DModel
+
+    from wanda_fast.slots import find_slots
+
+    with torch.device("meta"):
+        slots = find_slots(UNet2DModel(**{name: value for name, value in config.items() if name != "pruned_widths"})).slots
+    spans = []
+    for level in range(len(config["block_out_channels"])):
+        kept = [free[name] for name, slot in slots.items() if slot.levels[:1] == (level,)]
+        spans.append(str(min(kept)) if min(kept) == max(kept) else f"{min(kept)}-{max(kept)}")
+    return spans
 
 
 def largest_error(out: Tensor, reference: Tensor) -> float:
@@ -533,7 +578,8 @@ def described(
             "op": OP, "case": f"{group.model} b{group.batch}, {name}", "dtype": dtype, "layout": "channels_last", "backend": mode,
             "model": group.model, "network": name, "batch_size": group.batch, "mode": mode, "steps": STEPS,
             "settings": {
-                "layout": "stock", "widths": list(config["block_out_channels"]), "norm_num_groups": config["norm_num_groups"],
+                "layout": "free" if "pruned_widths" in config else "stock", "widths": level_widths(config),
+                "norm_num_groups": config["norm_num_groups"],
                 "macs": about.get("macs"), "params": about.get("params"), "weights": f"random, seed {seed}",
                 "macs_share": round(about["macs"] / whole, 4) if whole and "macs" in about else None,
             },
@@ -590,8 +636,8 @@ def cases(device: torch.device, size: str, seed: int) -> list[Group]:
     """Groups in order of weight: where the time runs out, the last ones are missing."""
     if device.type == "cuda":
         small, large = ("ddpm-cifar10-32", CIFAR10_32), ("ddpm-celebahq-256", PIXELS_256)
-        aligned = ("ddpm-cifar10-32", CIFAR10_32_ALIGNED)
-        chosen = [(aligned, 256), (large, 256), (small, 1), (small, 16), (large, 16), (large, 1)]
+        more = ("ddpm-cifar10-32", CIFAR10_32_MORE)
+        chosen = [(more, 256), (large, 256), (small, 1), (small, 16), (large, 16), (large, 1)]
         return [Group(model, batch, networks) for (model, networks), batch in chosen[:: {"quick": 6, "default": 1, "full": 1}[size]]]
     if size == "quick":
         networks = {DENSE: TINY, HALF: plan(TINY, device=device, images=4, batch_size=4, seed=seed)}

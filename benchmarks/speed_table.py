@@ -52,7 +52,8 @@ def markdown(result: dict[str, Any], brief: bool = False) -> str:
             faster = f" ({row['times_as_fast']:.2f}×)" if row["times_as_fast"] else ""
             cells.append(f"{row['images_per_s']:,.2f}{faster}" if row["images_per_s"] < 10 else f"{row['images_per_s']:,.1f}{faster}")
         macs = "-" if settings["macs"] is None else f"{settings['macs'] / 1e9:,.2f} G"
-        lines.append(f"| {model}, ({', '.join(map(str, settings['widths']))}) | {macs} | {batch} | {' | '.join(cells)} |")
+        free = ", free layout" if settings.get("layout") == "free" else ""
+        lines.append(f"| {model}{free}, ({', '.join(map(str, settings['widths']))}) | {macs} | {batch} | {' | '.join(cells)} |")
     lines += ["", *(f"No time: {'; '.join(where)}: {why}." for why, where in gaps.items())] if gaps else []
     return "\n".join(lines)
 

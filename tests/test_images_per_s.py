@@ -163,6 +163,34 @@ def test_networks_of_the_gpu_have_the_sizes_they_claim(networks: dict[str, Any],
     assert 0.45 < share <= 0.5
 
 
+def test_networks_of_the_free_layout_have_the_sizes_they_claim() -> None:
+    from wanda_fast.evaluation import count_macs
+
+    shares = {"56": 0.563, "half": 0.5, "45": 0.45}
+    networks = images_per_s.free_networks()
+    assert len(networks) == 4
+    for name, config in networks.items():
+        found = count_macs(images_per_s.build(config)) / 6_053_953_536
+        want = shares[name.split()[0]]
+        assert want - 0.005 < found <= want, name
+        step = 64 if "--align 64" in name else 16
+        assert all(width % step == 0 for width in config["pruned_widths"].values())
+    spans = images_per_s.level_widths(networks["56 % of the MACs, free layout"])
+    assert spans == ["96-128", "176-192", "176", "176"]
+    assert images_per_s.level_widths(TINY) == [32, 64]
+
+
+def test_a_network_of_the_free_layout_is_measured(tmp_path: Path) -> None:
+    from wanda_fast.slots import find_slots
+
+    slots = find_slots(images_per_s.build(TINY)).slots
+    thin = {**TINY, "pruned_widths": {name: slot.width // 2 if slot.levels else slot.width for name, slot in slots.items()}}
+    rows = images_per_s.measure([Group("tiny", 2, {DENSE: TINY, "free": thin})], CPU, with_compile=False, seconds=0.02, workers=2)
+    free = rows[1]
+    assert free["network"] == "free" and free["settings"]["layout"] == "free" and free["settings"]["widths"] == ["16", "32"]
+    assert free["settings"]["macs_share"] < 0.5 and free["ms"] > 0
+
+
 def test_groups_in_order_of_weight() -> None:
     groups = images_per_s.cases(torch.device("cuda"), "full", 0)
     assert [(g.batch, g.networks[DENSE]["sample_size"]) for g in groups] == [(256, 32), (256, 256), (1, 32), (16, 32), (16, 256), (1, 256)]

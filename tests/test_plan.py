@@ -7,6 +7,7 @@ import json
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,6 +99,45 @@ def test_free_layout_uses_the_budget_closely() -> None:
     problem = problem_of(CIFAR32, "free", "balanced", align=8)
     widths = sensitive_widths(problem, Target(macs=3_410_000_000), quadratic_damage(problem))
     assert 0.99 * 3.41e9 < problem.sizes(widths)[1] <= 3.41e9
+
+
+def least_share(problem: Any, widths: dict[str, int]) -> float:
+    """The least share of its width that a unit keeps."""
+    return min(sum(widths[n] for n in o[-1]) / sum(o[-1].values()) for o in problem.options.values())
+
+
+def summed(problem: Any, damage: dict[str, list[float]], widths: dict[str, int]) -> float:
+    return sum(row[next(i for i, o in enumerate(problem.options[u]) if o.items() <= widths.items())] for u, row in damage.items())
+
+
+def test_widths_are_as_even_as_the_damage_allows() -> None:
+    """Of several floors the largest one that costs at most `evenness` times the damage of the first; the target is met by all."""
+    problem = problem_of(CIFAR32, "free", "free", align=16)
+    damage = {u: [d * 4.0 ** (n % 5) for d in row] for n, (u, row) in enumerate(quadratic_damage(problem).items())}
+    target = Target(macs=int(0.56 * problem.sizes({})[1]))
+    floors = [n / 16 for n in range(4, 16)]
+    single = {floor: sensitive_widths(problem, target, damage, floor=floor) for floor in floors}
+    least = summed(problem, damage, single[floors[0]])
+    reached = []
+    for evenness in (1.0, 1.3, 2.5, 100.0):
+        found = sensitive_widths(problem, target, damage, floor=floors, evenness=evenness)
+        assert problem.sizes(found)[1] <= target.macs and summed(problem, damage, found) <= evenness * least
+        over = [f for f in floors if f > least_share(problem, found) and least_share(problem, single[f]) >= f]
+        assert all(summed(problem, damage, single[f]) > evenness * least for f in over)
+        reached.append(least_share(problem, found))
+    assert reached == sorted(reached) and reached[0] < reached[2] < reached[3] == 0.6875  # 0.75 everywhere is over the target
+
+
+def test_a_step_of_the_greedy_search_counts_what_it_changes_alone() -> None:
+    """Sizes after a change of one slot from the layers that see it are those of the whole network."""
+    problem = problem_of(CIFAR32, "free", "free", align=16)
+    dense = problem.sizes({})
+    for name, slot in problem.slots.slots.items():
+        new = {name: slot.width // 2}
+        part = problem.costs.part([name])
+        assert len(part.layers) < len(problem.costs.layers)
+        change = [after - before for before, after in zip(part.sizes({}), part.sizes(new), strict=True)]
+        assert [d + c for d, c in zip(dense, change, strict=True)] == list(problem.costs.sizes(new))
 
 
 def test_complete_and_greedy_search_agree_where_both_are_possible() -> None:

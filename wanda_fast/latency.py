@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,10 @@ class LatencyModel:
     def sizes(self, widths: Mapping[str, int], *, sinusoid: int | None = None) -> tuple[int, int]:
         """(parameters, picoseconds of a forward pass)."""
         return self.costs.sizes(widths, sinusoid=sinusoid)[0], int(self.seconds(widths, sinusoid=sinusoid) / _UNIT)
+
+    def part(self, names: Iterable[str]) -> LatencyModel:
+        """The model of the layers and norms alone whose time may change with these slots."""
+        return replace(self, costs=self.costs.part(names))
 
     def seconds(self, widths: Mapping[str, int], *, sinusoid: int | None = None) -> float:
         """Predicted seconds of a forward pass."""

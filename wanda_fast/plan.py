@@ -21,7 +21,7 @@ import heapq
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -221,6 +221,21 @@ class CostModel:
             params += 2 * total(slots.inputs[name], dense)
         return params, macs
 
+    def part(self, names: Iterable[str]) -> CostModel:
+        """The model of the layers and norms alone whose size may change with these slots."""
+        changing = set(names)
+
+        def touched(*sides: tuple) -> bool:
+            return any(segment.slot in changing for side in sides for segment in side)
+
+        inputs, outputs = self.slots.inputs, self.slots.outputs
+        return replace(
+            self,
+            layers=[c for c in self.layers if touched(inputs.get(c.name, ()), outputs.get(c.name, ())) or c.name in self.sinusoid_consumers],
+            norms={name: dense for name, dense in self.norms.items() if touched(inputs[name])},
+            constant=0,
+        )
+
 
 # --------------------------------------------------------------------------------------------------------------------
 # Legal widths
@@ -401,7 +416,12 @@ def _even_choices(problem: WidthProblem) -> list[dict[str, int]]:
 
 
 def sensitive_widths(
-    problem: WidthProblem, target: Target, damage: Mapping[str, list[float]], *, floor: float | Sequence[float] = 0.25
+    problem: WidthProblem,
+    target: Target,
+    damage: Mapping[str, list[float]],
+    *,
+    floor: float | Sequence[float] = 0.25,
+    evenness: float = 1.0,
 ) -> dict[str, int]:
     """Widths of least summed damage under the target.
 
@@ -415,23 +435,35 @@ def sensitive_widths(
     Args:
         damage: unit -> damage of each of its options (0 for the whole width), same order as `problem.options`.
         floor: no unit keeps less than this share of its width, unless the target cannot be met otherwise: the damage
-            is estimated for one unit at a time and says too little where almost nothing is left. Of several the first with which
-            the target can be met.
+            is estimated for one unit at a time and says too little where almost nothing is left. Of several, ascending, the largest whose
+            summed damage is at most `evenness` times that of the first one.
+        evenness: what a larger floor may cost, at least 1.
 
     Raises:
         UserError: no legal assignment meets the budget.
     """
     whole = {u: sum(options[-1].values()) for u, options in problem.options.items()}
-    found = None
-    for least in [floor] if isinstance(floor, (int, float)) else floor:
+
+    def above(least: float) -> dict[str, int] | None:
         allowed = {
             u: [i for i, option in enumerate(options) if sum(option.values()) >= least * whole[u]]
             for u, options in problem.options.items()
         }
         careful = replace(problem, options={u: [problem.options[u][i] for i in allowed[u]] for u in allowed})
-        found = _least_damage(careful, target, {u: [damage[u][i] for i in allowed[u]] for u in allowed})
-        if found is not None:
-            break
+        return _least_damage(careful, target, {u: [damage[u][i] for i in allowed[u]] for u in allowed})
+
+    floors = [floor] if isinstance(floor, (int, float)) else list(floor)
+    found = above(floors[0])
+    if found is not None:
+        limit = evenness * _summed(problem, damage, found)
+        low, high = 0, len(floors)  # the damage rises with the floor
+        while high - low > 1:
+            middle = (low + high) // 2
+            narrower = above(floors[middle])
+            if narrower is not None and _summed(problem, damage, narrower) <= limit:
+                low, found = middle, narrower
+            else:
+                high = middle
     if found is None:
         found = _least_damage(problem, target, damage)
     if found is None and target.ratio is not None:
@@ -442,6 +474,14 @@ def sensitive_widths(
     return found
 
 
+def _summed(problem: WidthProblem, damage: Mapping[str, list[float]], widths: Mapping[str, int]) -> float:
+    """Estimated damage of an assignment made of the problem's options."""
+    return sum(
+        next(row[i] for i, option in enumerate(problem.options[u]) if all(widths[n] == c for n, c in option.items()))
+        for u, row in damage.items()
+    )
+
+
 def _least_damage(
     problem: WidthProblem, target: Target, damage: Mapping[str, list[float]]
 ) -> dict[str, int] | None:
@@ -449,13 +489,14 @@ def _least_damage(
 
     dense_macs = problem.sizes({})[1]
 
-    def excess(widths: dict[str, int]) -> float:
-        """How far the widths are over what is allowed, 0 where they fit."""
-        params, macs = problem.sizes(widths)
+    def over_by(params: int, macs: int, removed: float) -> float:
         if target.ratio is None:
             return max(0.0, macs / target.macs - 1 if target.macs is not None else params / (target.params or 1) - 1)
-        channels = max(0.0, target.ratio - problem.removed(widths) - 1e-9)
-        return channels + max(0.0, macs / dense_macs - (1 - target.ratio))
+        return max(0.0, target.ratio - removed - 1e-9) + max(0.0, macs / dense_macs - (1 - target.ratio))
+
+    def excess(widths: dict[str, int]) -> float:
+        """How far the widths are over what is allowed, 0 where they fit."""
+        return over_by(*problem.sizes(widths), problem.removed(widths))
 
     units = list(problem.options)
     if math.prod(len(problem.options[u]) for u in units) <= _COMPLETE:
@@ -466,15 +507,25 @@ def _least_damage(
 
     # A step to a smaller width of a unit is scored by its damage per unit of excess that it takes away. Steps of other
     # units change what a step saves only slowly, so a step is scored again only when it comes to the top.
+    near = {u: replace(problem, costs=problem.costs.part(problem.options[u][0])) for u in units}
     choice = {u: len(problem.options[u]) - 1 for u in units}
-    over = excess(problem.widths(choice))
+    widths = problem.widths(choice)
+    params, macs = problem.sizes(widths)
+    over = excess(widths)
     step_to: dict[str, int] = {}
+
+    def after(u: str, index: int) -> tuple[int, int, dict[str, int]]:
+        """Sizes and widths after a step of one unit; only the layers that see it change."""
+        new = {**widths, **problem.options[u][index]}
+        (p0, m0), (p1, m1) = near[u].sizes(widths), near[u].sizes(new)
+        return params - p0 + p1, macs - m0 + m1, new
 
     def price(u: str) -> float:
         """Damage per saving of the best step down from here, over the next few widths (damage need not be convex)."""
         cheapest = math.inf
         for index in range(choice[u] - 1, max(choice[u] - 4, -1), -1):
-            saved = over - excess(problem.widths({**choice, u: index}))
+            new_params, new_macs, new = after(u, index)
+            saved = over - over_by(new_params, new_macs, problem.removed(new))
             if saved > 0:
                 rate = (damage[u][index] - damage[u][choice[u]]) / saved
                 if rate < cheapest:
@@ -491,8 +542,9 @@ def _least_damage(
             continue
         if not math.isfinite(fresh):
             return None
+        params, macs, widths = after(unit, step_to[unit])
         choice[unit] = step_to[unit]
-        over = excess(problem.widths(choice))
+        over = over_by(params, macs, problem.removed(widths))
         heapq.heappush(queue, (price(unit) if over > 0 else math.inf, n, unit))
     if not problem.legal(problem.widths(choice)):
         fitting = _legal_below(problem, choice) or [even for even in _even_choices(problem) if excess(problem.widths(even)) == 0]

@@ -41,7 +41,7 @@ from .plan import (
 from .resume import Unfinished
 from .shards import calibrate_in_shards
 from .slots import SlotMap, find_slots, identity_shortcuts
-from .smaller_batches import in_smaller_batches, usual_batch_size
+from .smaller_batches import drawing_batch_size, in_smaller_batches, usual_batch_size
 
 if TYPE_CHECKING:
     from diffusers import DDPMPipeline
@@ -53,12 +53,16 @@ REPAIRS = ("lstsq", "bias", "none")
 TIMESTEPS = ("random", "trajectory")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WEIGHTINGS = ("none", "last", "all")  # layers whose repair counts timesteps by their effect on the image
-# Least share of a width that the sensitivity split keeps, measured (benchmarks/results/recipe-h200.md): with one width per slot many
-# deep slots would shrink together, which an estimate slot by slot does not see.
-FLOORS: dict[str, tuple[float, ...]] = {"stock": (0.25,), "free": (0.5, 0.375, 0.25)}
+# Least shares of a width for the sensitivity split. With one width per slot many deep slots would shrink together, which an estimate slot by
+# slot does not see: of the shares the largest is taken that no more than doubles the estimated damage, or little more. Measured on two networks
+# at four budgets (benchmarks/results/recipe-h200.md, "As even as the estimate allows").
+FLOORS: dict[str, tuple[float, ...]] = {"stock": (0.25,), "free": tuple(n / 16 for n in range(4, 16))}
+EVENNESS = 2.5
 # Images drawn for the dataset "self", at least; half of those of the repair where that is more (a GPU): each is noised twice then, and
 # 4096 different ones in place of 512 lower the Fréchet distance by 0.5 (benchmarks/results/recipe-h200.md).
 DRAWN = 512
+# DDIM steps of these images: 50 gave no better a network (three seeds, benchmarks/results/recipe-h200.md).
+DRAWING_STEPS = 25
 SENSITIVITY_IMAGES = (32, 128)  # noised images of the sensitivity study, on a CPU and on a GPU
 TRIAL_IMAGES = (32, 128)  # images that judge a trial, on a CPU and on a GPU
 TRIAL_REPAIR = (64, 512)  # noised images of its repair: four times as many change no order (benchmarks/results/recipe-h200.md)
@@ -590,6 +594,7 @@ class _Run:
         """Calibration images, read or drawn once: uint8 [N, H, W, C]."""
         if not hasattr(self, "_images"):
             from . import data
+            from .sampling import image_shape
 
             o = self.options
             repair = self.repair_images if o.repair != "none" else 0
@@ -604,8 +609,8 @@ class _Run:
                     bundled=self.bundled,
                     data_dir=o.data_dir,
                     seed=o.seed,
-                    steps=o.num_inference_steps,
-                    batch_size=self.batch_size,
+                    steps=min(DRAWING_STEPS, o.num_inference_steps),
+                    batch_size=o.batch_size or drawing_batch_size(self.device, *image_shape(self.unet)[1:]),
                     device=self.device,
                     # A picture has 8 bits, and on a GPU the drawing is a good part of the run.
                     dtype=torch.bfloat16 if drawn and self.device.type == "cuda" else self.dtype,
@@ -806,7 +811,7 @@ class _Run:
         def choose(problem: WidthProblem, target: Target) -> tuple[SlotMap, Any, PruningPlan]:
             if damage is None:
                 return planned(uniform_widths(problem, target))
-            return planned(sensitive_widths(problem, target, damage, floor=FLOORS[o.layout]))
+            return planned(sensitive_widths(problem, target, damage, floor=FLOORS[o.layout], evenness=EVENNESS))
 
         def planned(widths: dict[str, int]) -> tuple[SlotMap, Any, PruningPlan]:
             needed, final, final_costs = shortcuts, slots, costs
@@ -850,7 +855,8 @@ class _Run:
 
         def widths_for(least: float | None, emphasis: Mapping[int, float]) -> dict[str, int]:
             table = trials.emphasised(problem, damage, emphasis)
-            return sensitive_widths(problem, self.target, table, floor=FLOORS[o.layout] if least is None else least)
+            floor = FLOORS[o.layout] if least is None else least
+            return sensitive_widths(problem, self.target, table, floor=floor, evenness=EVENNESS)
 
         widths, tried = trials.search(widths_for, measure, range(problem.slots.levels), o.trials)
         self.trials_report = [t.to_dict() for t in tried]

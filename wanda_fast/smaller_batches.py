@@ -35,6 +35,17 @@ def usual_batch_size(device: torch.device, height: int, width: int) -> int:
     return min(most, max(least, GPU_PIXELS // max(1, height * width)))
 
 
+def drawing_batch_size(device: torch.device, height: int, width: int) -> int:
+    """Images per pass where they are drawn alone and nothing else is kept: on a GPU four times the usual number.
+
+    Example:
+        >>> drawing_batch_size(torch.device("cuda"), 32, 32), drawing_batch_size(torch.device("cpu"), 32, 32)
+        (1024, 32)
+    """
+    usual = usual_batch_size(device, height, width)
+    return usual if device.type == "cpu" else 4 * usual
+
+
 def in_smaller_batches(run: Callable[[int], T], batch_size: int, *, what: str, say: Callable[[str], None] | None = None) -> T:
     """run(batch_size); where the device runs out of memory, again with half the batch size, down to 1.
 
