@@ -74,6 +74,32 @@ def test_the_model_adds_up_what_a_thinner_network_has() -> None:
     assert model.seconds({}) > model.seconds(plan.widths)
 
 
+def test_norms_of_a_compiled_network_are_timed_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only they are, at two or three widths of each map, and each is really compiled: no shape falls back to eager code."""
+    from torch._dynamo.utils import counters
+
+    unet = random_unet(SMALL)
+    slots = find_slots(unet)
+    x, t = torch.randn(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64)
+    real, asked, graphs = latency._time, [], []
+
+    def watched(module: Any, shape: Any, c_in: int, c_out: int, *rest: Any) -> float:
+        counters.clear()
+        seconds = real(module, shape, c_in, c_out, *rest)
+        asked.append((isinstance(module, nn.GroupNorm), rest[-1]))
+        if rest[-1]:
+            graphs.append(counters["stats"]["unique_graphs"])
+        return seconds
+
+    monkeypatch.setattr(latency, "_time", watched)
+    model = measure_layers(unet, slots, cost_model(unet, slots), lambda u: u(x, t), dtype=torch.float32, fused_norms=True, repeats=1)
+    assert asked and all(norm == compiled for norm, compiled in asked)
+    assert graphs and set(graphs) == {1}
+    norms = {kind: points for kind, points in model.table.items() if kind.startswith("norm")}
+    assert len(norms) >= 3 and all(2 <= len(points) <= 4 for points in norms.values())
+    assert all(seconds > 0 for points in norms.values() for *_, seconds in points)
+
+
 def test_every_kind_of_layer_is_timed() -> None:
     unet = random_unet(SMALL)
     slots = find_slots(unet)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UserError
-from .evaluation import _seconds
+from .evaluation import _seconds, forget_compiled
 from .graphs import CudaCapture
 from .plan import CostModel
 from .slots import SlotMap
@@ -85,7 +85,14 @@ class LatencyModel:
 
 
 def measure_layers(
-    unet: nn.Module, slots: SlotMap, costs: CostModel, call: Callable[[nn.Module], Any], *, dtype: torch.dtype, repeats: int = 3
+    unet: nn.Module,
+    slots: SlotMap,
+    costs: CostModel,
+    call: Callable[[nn.Module], Any],
+    *,
+    dtype: torch.dtype,
+    fused_norms: bool = False,
+    repeats: int = 3,
 ) -> LatencyModel:
     """Time every kind of layer that the network's forward pass meets, at some widths, in channels-last memory.
 
@@ -94,6 +101,8 @@ def measure_layers(
         slots, costs: its own.
         call: runs one forward pass of the batch to measure, `call(unet)`.
         dtype: of weights and activations.
+        fused_norms: time norms under torch.compile, which fuses a norm and its SiLU. On a GPU the eager ones would count twice as much
+            beside the convolutions as they do in a compiled network (benchmarks/results/notes.md, "Images per second").
         repeats: timings of which the median counts.
     """
     device = next(unet.parameters()).device
@@ -114,9 +123,11 @@ def measure_layers(
     for name, (module, shape) in shapes.items():
         kind = kinds[name] = _kind(module, shape)
         points = table.setdefault(kind, [])
-        for c_in, c_out in _grid(module, shape):
-            if not any(p[:2] == (c_in, c_out) for p in points):
-                points.append((c_in, c_out, _time(module, shape, c_in, c_out, device, dtype, repeats)))
+        # Every compilation takes seconds, and a line needs two points.
+        norm = fused_norms and isinstance(module, nn.GroupNorm)
+        for c_in, c_out in _grid(module, shape, (1.0, 0.5) if norm else SHARES):
+            if not any(p[:2] == (c_in, c_out) for p in points) and not (norm and len(points) > 2):
+                points.append((c_in, c_out, _time(module, shape, c_in, c_out, device, dtype, repeats, norm)))
     fits = {kind: _fit(points) for kind, points in table.items()}
     layers = {n: fits[k] for n, k in kinds.items() if not isinstance(shapes[n][0], nn.GroupNorm)}
     norms = {n: (fits[k][0], fits[k][1]) for n, k in kinds.items() if isinstance(shapes[n][0], nn.GroupNorm)}
@@ -131,19 +142,26 @@ def _kind(module: Any, shape: torch.Size) -> str:
     return f"{'norm' if isinstance(module, nn.GroupNorm) else 'linear'} on {'x'.join(map(str, positions)) or 1}"
 
 
-def _grid(module: Any, shape: torch.Size) -> list[tuple[int, int]]:
+def _grid(module: Any, shape: torch.Size, shares: tuple[float, ...] = SHARES) -> list[tuple[int, int]]:
     def widths(full: int) -> list[int]:
-        return sorted({full if full < 16 else max(8, round(full * s / 8) * 8) for s in SHARES})
+        return sorted({full if full < 16 else max(8, round(full * s / 8) * 8) for s in shares})
 
     if isinstance(module, nn.GroupNorm):
-        return [(c, c) for c in sorted({max(module.num_groups, int(shape[1] * s)) // module.num_groups * module.num_groups for s in SHARES})]
+        return [(c, c) for c in sorted({max(module.num_groups, int(shape[1] * s)) // module.num_groups * module.num_groups for s in shares})]
     c_in, c_out = (module.in_channels, module.out_channels) if isinstance(module, nn.Conv2d) else (
         module.in_features, module.out_features)  # fmt: skip
     return list(itertools.product(widths(c_in), widths(c_out)))
 
 
 def _time(
-    module: Any, shape: torch.Size, c_in: int, c_out: int, device: torch.device, dtype: torch.dtype, repeats: int
+    module: Any,
+    shape: torch.Size,
+    c_in: int,
+    c_out: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    repeats: int,
+    compiled: bool = False,
 ) -> float:
     """Median seconds of one layer of other widths, replayed from a CUDA graph on a GPU: launches cost nothing there."""
     if isinstance(module, nn.Linear):
@@ -160,6 +178,9 @@ def _time(
             weight = torch.randn(c_out, c_in, *module.kernel_size, device=device, dtype=dtype)
             weight = weight.contiguous(memory_format=torch.channels_last)
             one = lambda: F.conv2d(x, weight, None, module.stride, module.padding)  # noqa: E731
+    if compiled:
+        forget_compiled()  # the shapes before it: past a number of them the rest would run eagerly
+        one = torch.compile(one, dynamic=False)
     with torch.no_grad():
         if device.type != "cuda":
             one()
