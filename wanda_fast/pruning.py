@@ -41,7 +41,7 @@ from .plan import (
 from .resume import Unfinished
 from .shards import calibrate_in_shards
 from .slots import SlotMap, find_slots, identity_shortcuts
-from .smaller_batches import drawing_batch_size, in_smaller_batches, usual_batch_size
+from .smaller_batches import in_smaller_batches, large_batch_size, usual_batch_size
 
 if TYPE_CHECKING:
     from diffusers import DDPMPipeline
@@ -112,7 +112,8 @@ class PruneOptions:
         plan: file of a saved plan that is replayed.
         device: "cuda", "cpu", …; None for a GPU if there is one.
         dtype: "fp32", "bf16" or "fp16" for calibration and sampling; the saved weights keep the model's own dtype.
-        batch_size: images per forward pass; None for 32 on a CPU and 32 to 256 on a GPU, by the size of the images.
+        batch_size: images per forward pass; None for 32 on a CPU and 32 to 256 on a GPU, by the size of the images (where they are small, two
+            and four times as many in the repair and in drawing).
         seed: of everything random.
         num_samples: images of the before and after grids, 0 for none.
         num_inference_steps: DDIM steps of these grids.
@@ -588,13 +589,20 @@ class _Run:
 
         return self.options.batch_size or usual_batch_size(self.device, *image_shape(self.unet)[1:])
 
+    def _large_batch(self, factor: int) -> int:
+        """Images per pass of the drawing and the repair, where nothing is asked."""
+        from .sampling import image_shape
+
+        if self.conditioned:
+            return self.batch_size
+        return self.options.batch_size or large_batch_size(self.device, *image_shape(self.unet)[1:], factor)
+
     # ------------------------------------------------------------------------------------------------------- calibrate
 
     def images(self) -> Tensor:
         """Calibration images, read or drawn once: uint8 [N, H, W, C]."""
         if not hasattr(self, "_images"):
             from . import data
-            from .sampling import image_shape
 
             o = self.options
             repair = self.repair_images if o.repair != "none" else 0
@@ -610,7 +618,7 @@ class _Run:
                     data_dir=o.data_dir,
                     seed=o.seed,
                     steps=min(DRAWING_STEPS, o.num_inference_steps),
-                    batch_size=o.batch_size or drawing_batch_size(self.device, *image_shape(self.unet)[1:]),
+                    batch_size=self._large_batch(4),
                     device=self.device,
                     # A picture has 8 bits, and on a GPU the drawing is a good part of the run.
                     dtype=torch.bfloat16 if drawn and self.device.type == "cuda" else self.dtype,
@@ -1009,7 +1017,7 @@ class _Run:
             return
 
         def run(batch_size: int) -> Any:
-            if batch_size != self.batch_size:  # an attempt before has refitted some layers
+            if batch_size != first:  # an attempt before has refitted some layers
                 self._cut()
             return repair(
                 twin,
@@ -1030,7 +1038,9 @@ class _Run:
             if o.offload:
                 nn.Module.to(self.unet, "cpu")
                 nn.Module.to(twin, "cpu")
-            self.repair_report = in_smaller_batches(run, self.batch_size, what="the repair", say=self.log)
+            # Its time goes with the number of batches; several processes take them in turns and want many.
+            first = self.batch_size if self.ranks.size > 1 else self._large_batch(2)
+            self.repair_report = in_smaller_batches(run, first, what="the repair", say=self.log)
             nn.Module.to(self.unet, self.device)
 
     # --------------------------------------------------------------------------------------------------- sample, measure

@@ -35,15 +35,16 @@ def usual_batch_size(device: torch.device, height: int, width: int) -> int:
     return min(most, max(least, GPU_PIXELS // max(1, height * width)))
 
 
-def drawing_batch_size(device: torch.device, height: int, width: int) -> int:
-    """Images per pass where they are drawn alone and nothing else is kept: on a GPU four times the usual number.
+def large_batch_size(device: torch.device, height: int, width: int, factor: int) -> int:
+    """`factor` times the usual number on a GPU for images of at most 32 x 32, where work that keeps little per image (drawing, the repair)
+    waits for its launches; the usual number elsewhere.
 
     Example:
-        >>> drawing_batch_size(torch.device("cuda"), 32, 32), drawing_batch_size(torch.device("cpu"), 32, 32)
+        >>> large_batch_size(torch.device("cuda"), 32, 32, 4), large_batch_size(torch.device("cuda"), 256, 256, 4)
         (1024, 32)
     """
     usual = usual_batch_size(device, height, width)
-    return usual if device.type == "cpu" else 4 * usual
+    return factor * usual if device.type != "cpu" and usual == GPU_BATCH[1] else usual
 
 
 def in_smaller_batches(run: Callable[[int], T], batch_size: int, *, what: str, say: Callable[[str], None] | None = None) -> T:
