@@ -149,10 +149,10 @@ def share(text: str) -> float:
     return value
 
 
-def add_batch_size(group: Any, remark: str = "") -> None:
+def add_batch_size(group: Any, remark: str = "", more: str = "") -> None:
     """--batch_size, of which the library chooses the default."""
     group.add_argument("--batch_size", type=whole(1), default=None, metavar="N",
-        help=f"images per pass{remark} (default: 32; on a GPU 32 to 256, by their size)")  # fmt: skip
+        help=f"images per pass{remark} (default: 32; on a GPU 32 to 256, by their size{more})")  # fmt: skip
 
 
 def whole(least: int) -> Callable[[str], int]:

@@ -140,7 +140,7 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument("--device", metavar="DEVICE", help="cuda, cuda:1, cpu, ... (default: cuda if there, else cpu)")
     group.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "float32", "bfloat16", "float16"), default=None,
         help="number format of calibration and sampling; the weights keep the model's own (default: fp32)")  # fmt: skip
-    add_batch_size(group)
+    add_batch_size(group, more=", more in drawing and repairing small ones")
     group.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of everything random (default: 0)")
     group.add_argument("--num_samples", type=whole(0), default=16, metavar="N",
         help="images in the grids before and after, 0 for none (default: 16)")  # fmt: skip
