@@ -75,7 +75,7 @@ def test_the_model_adds_up_what_a_thinner_network_has() -> None:
 
 
 def test_norms_of_a_compiled_network_are_timed_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only they are, at two or three widths of each map, and each is really compiled: no shape falls back to eager code."""
+    """Only they are, at two to four widths of each map, and each is really compiled: no shape falls back to eager code."""
     from torch._dynamo.utils import counters
 
     unet = random_unet(SMALL)

@@ -126,7 +126,7 @@ def measure_layers(
         # Every compilation takes seconds, and a line needs two points.
         norm = fused_norms and isinstance(module, nn.GroupNorm)
         for c_in, c_out in _grid(module, shape, (1.0, 0.5) if norm else SHARES):
-            if not any(p[:2] == (c_in, c_out) for p in points) and not (norm and len(points) > 2):
+            if not any(p[:2] == (c_in, c_out) for p in points) and not (norm and len(points) > 3):
                 points.append((c_in, c_out, _time(module, shape, c_in, c_out, device, dtype, repeats, norm)))
     fits = {kind: _fit(points) for kind, points in table.items()}
     layers = {n: fits[k] for n, k in kinds.items() if not isinstance(shapes[n][0], nn.GroupNorm)}

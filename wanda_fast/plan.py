@@ -454,7 +454,7 @@ def sensitive_widths(
 
     floors = [floor] if isinstance(floor, (int, float)) else list(floor)
     found = above(floors[0])
-    if found is not None:
+    if found is not None and len(floors) > 1:
         limit = evenness * _summed(problem, damage, found)
         low, high = 0, len(floors)  # the damage rises with the floor
         while high - low > 1:
