@@ -180,15 +180,15 @@ def test_networks_of_the_free_layout_have_the_sizes_they_claim() -> None:
     assert images_per_s.level_widths(TINY) == [32, 64]
 
 
-def test_a_network_of_the_free_layout_is_measured(tmp_path: Path) -> None:
+def test_a_network_of_the_free_layout_is_measured() -> None:
+    from wanda_fast.evaluation import count_macs
     from wanda_fast.slots import find_slots
 
     slots = find_slots(images_per_s.build(TINY)).slots
     thin = {**TINY, "pruned_widths": {name: slot.width // 2 if slot.levels else slot.width for name, slot in slots.items()}}
-    rows = images_per_s.measure([Group("tiny", 2, {DENSE: TINY, "free": thin})], CPU, with_compile=False, seconds=0.02, workers=2)
-    free = rows[1]
-    assert free["network"] == "free" and free["settings"]["layout"] == "free" and free["settings"]["widths"] == ["16", "32"]
-    assert free["settings"]["macs_share"] < 0.5 and free["ms"] > 0
+    (free,) = images_per_s.measure([Group("tiny", 2, {DENSE: thin})], CPU, with_compile=False, seconds=0.02, workers=1)
+    assert free["settings"]["layout"] == "free" and free["settings"]["widths"] == ["16", "32"] and free["ms"] > 0
+    assert free["settings"]["macs"] < 0.5 * count_macs(images_per_s.build(TINY))
 
 
 def test_groups_in_order_of_weight() -> None:

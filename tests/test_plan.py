@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -357,12 +358,17 @@ def test_damaged_plans_are_refused(damage) -> None:
         PruningPlan.from_dict(data)
 
 
+@functools.cache
+def small_plan_file() -> bytes:
+    return json.dumps(small_plan().to_dict()).encode()
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 10**6), st.integers(0, 255), st.booleans())
 def test_flipped_and_truncated_plan_files_end_in_a_refusal_or_a_plan(
     tmp_path_factory: pytest.TempPathFactory, where: int, value: int, cut: bool
 ) -> None:
-    raw = bytearray(json.dumps(small_plan().to_dict()).encode())
+    raw = bytearray(small_plan_file())
     where %= len(raw)
     raw = raw[:where] if cut else raw[:where] + bytes([value]) + raw[where + 1 :]
     path = tmp_path_factory.mktemp("plans") / "plan.json"
