@@ -71,12 +71,20 @@ def _in_readme(groups: Sequence[list[Row]]) -> dict[int, str]:
     return found
 
 
+def _devices(results: dict[str, Any]) -> str:
+    """What the rows were measured on; the first run's machine first."""
+    env = results["env"]
+    first = env.get("gpu") or env.get("cpu")
+    others = {row["device"] for row in results["rows"] if row.get("device")} - {first}
+    return " and ".join([str(first), *sorted(others)])
+
+
 def _head(results: dict[str, Any], more: str = "") -> str:
     """Machine and protocol, `more`, and what FD is."""
     env, protocol = results["env"], results["protocol"]
     features, real = protocol["features"], protocol["real"]
     text = (
-        f"{env.get('gpu') or env.get('cpu')}, torch {env['torch']}; {protocol['samples']:,} samples, DDIM-{protocol['steps']}, "
+        f"{_devices(results)}, torch {env['torch']}; {protocol['samples']:,} samples, DDIM-{protocol['steps']}, "
         f"{protocol['precision']}.{more}"
     )
     if features and real:
@@ -207,9 +215,9 @@ def plot(results: dict[str, Any], folder: Path) -> list[Path]:
             axis.set_ylabel(title)
             axis.grid(alpha=0.3, which="both")
         axes[0][-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
-        env, protocol = results["env"], results["protocol"]
+        protocol = results["protocol"]
         features = f", {protocol['features']['features']} features" if protocol["features"] and len(panels) == 2 else ""
-        machine = env.get("gpu") or env.get("cpu")
+        machine = _devices(results)
         figure.suptitle(f"{model}: {protocol['samples']:,} samples, DDIM-{protocol['steps']}{features}, {machine}", fontsize=10)
         figure.tight_layout()
         folder.mkdir(parents=True, exist_ok=True)
