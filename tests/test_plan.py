@@ -108,6 +108,7 @@ def least_share(problem: Any, widths: dict[str, int]) -> float:
 
 
 def summed(problem: Any, damage: dict[str, list[float]], widths: dict[str, int]) -> float:
+    """Damage of an assignment."""
     return sum(row[next(i for i, o in enumerate(problem.options[u]) if o.items() <= widths.items())] for u, row in damage.items())
 
 
@@ -147,15 +148,7 @@ def test_complete_and_greedy_search_agree_where_both_are_possible() -> None:
     damage = quadratic_damage(problem)
     target = Target(macs=int(0.6 * problem.sizes({})[1]))
     complete = sensitive_widths(problem, target, damage)
-
-    def harm(widths: dict[str, int]) -> float:
-        return sum(
-            damage[u][next(i for i, o in enumerate(options) if all(widths[n] == c for n, c in o.items()))]
-            for u, options in problem.options.items()
-        )
-
-    uniform = uniform_widths(problem, target)
-    assert harm(complete) <= harm(uniform)
+    assert summed(problem, damage, complete) <= summed(problem, damage, uniform_widths(problem, target))
 
 
 @pytest.mark.parametrize("share", [0.25, 0.4, 0.6])
@@ -174,8 +167,7 @@ def test_complete_search_is_that_of_all_assignments(share: float) -> None:
             best = min(best, rank) if best else rank
     assert best is not None
     found = sensitive_widths(problem, Target(macs=budget), damage, floor=0.0)
-    index = {u: next(i for i, o in enumerate(rows) if o.items() <= found.items()) for u, rows in problem.options.items()}
-    assert sum(damage[u][i] for u, i in index.items()) == pytest.approx(best[0])
+    assert summed(problem, damage, found) == pytest.approx(best[0])
     assert problem.sizes(found)[1] == -best[1] and problem.legal(found)
 
 

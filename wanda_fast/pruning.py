@@ -54,8 +54,8 @@ TIMESTEPS = ("random", "trajectory")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WEIGHTINGS = ("none", "last", "all")  # layers whose repair counts timesteps by their effect on the image
 # Least shares of a width for the sensitivity split. With one width per slot many deep slots would shrink together, which an estimate slot by
-# slot does not see: of the shares the largest is taken that no more than doubles the estimated damage, or little more. Measured on two networks
-# at four budgets (benchmarks/results/recipe-h200.md, "As even as the estimate allows").
+# slot does not see: the largest share is taken that makes the estimated damage at most EVENNESS times that of the first. Measured on two
+# networks at four budgets (benchmarks/results/recipe-h200.md, "As even as the estimate allows").
 FLOORS: dict[str, tuple[float, ...]] = {"stock": (0.25,), "free": tuple(n / 16 for n in range(4, 16))}
 EVENNESS = 2.5
 # Images drawn for the dataset "self", at least; half of those of the repair where that is more (a GPU): each is noised twice then, and
