@@ -50,7 +50,8 @@ class Refused(Exception):
     """A mistake that one line explains; exit code 2."""
 
 
-WEIGHTED = ", weighting "  # in the repair of a row: what follows is `--repair_weighting` of prune
+# In the repair of a row; what follows is `--repair_weighting` and `--experts` of prune.
+WEIGHTED, EXPERTS = ", weighting ", ", experts "
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ def configurations() -> list[Config]:
     found += [Config(p, split="uniform") for p in (OURS, *RIVALS)]
     found += [Config(p, layout="free", seed=s) for p in ("wanda-fluctuation", "lstsq-residual") for s in range(3)]
     found += [Config(OURS, f"lstsq{WEIGHTED}{w}", layout, seed=s) for s in range(3) for layout in ("stock", "free") for w in ("last", "all")]
+    found += [Config(OURS, f"lstsq{EXPERTS}{n}", "free", seed=s) for n in (3, 4, 2) for s in range(3)]
+    found += [Config(OURS, f"lstsq{EXPERTS}3", "free", budget=b) for b in BUDGETS if b != MAIN_BUDGET]
     return found
 
 
@@ -430,15 +433,17 @@ class Bench:
         if (kept / "pruning.json").is_file():
             return
         args = self.args
-        method, _, weighting = config.repair.partition(WEIGHTED)
+        method, _, more = config.repair.partition(", ")
+        word, _, value = more.partition(" ")
+        extra: dict[str, Any] = {"repair_weighting": value} if word == "weighting" else {"experts": int(value)} if word == "experts" else {}
         dataset = self.calibration_images(config.seed)
         criterion = CRITERIA[config.pruner]
         needs, tables = criterion.needs_stats, "means" if criterion.needs_means else "stats"
         file = self.cache / f"{tables}-{self.model}-{config.seed}.safetensors"
         begin = time.perf_counter()
         result = prune(
-            self.source, save_path=kept, overwrite=True, pruner=config.pruner, repair=method, repair_weighting=weighting or "none",
-            layout=config.layout, split=config.split, target_macs=config.budget, seed=config.seed, num_samples=0, device=str(self.device),
+            self.source, save_path=kept, overwrite=True, pruner=config.pruner, repair=method, **extra, layout=config.layout,
+            split=config.split, target_macs=config.budget, seed=config.seed, num_samples=0, device=str(self.device),
             dataset=dataset, calib_steps=args.calib_steps, repair_images=args.repair_images, batch_size=args.prune_batch,
             load_stats=str(file) if needs and file.is_file() and folder == "pruned" else None,
         )  # fmt: skip

@@ -84,7 +84,7 @@ GUIDE = {  # flags of the guide -> (a value, the option it sets)
     "norm_policy": ("groups", "norm_policy"), "combine": ("producers", "combine"), "repair_images": ("3", "repair_images"),
     "backend": ("cpu", "backend"), "target_latency": ("0.6x", "target_latency"), "latency_mode": ("eager", "latency_mode"),
     "trials": ("3", "trials"),
-    "repair_weighting": ("last", "repair_weighting"), "latency_batch": ("3", "latency_batch"),
+    "repair_weighting": ("last", "repair_weighting"), "experts": ("300,600", "experts"), "latency_batch": ("3", "latency_batch"),
     "stats_memory": ("64M", "stats_memory"), "thr": ("0.1", "thr"),
 }  # fmt: skip
 

@@ -321,7 +321,7 @@ def test_unfinished_run(place, rng):
     unet = random_unet(TINY)
     modules = dict(unet.named_modules())
     layers = [LayerRepair("conv_in", "refitted", 0.5, 0.1, 0.5, 0.1, 100, 27, 1e-4), LayerRepair("conv_out", "kept")]
-    RepairState(unfinished.repair).save(1, modules, RepairReport("lstsq", layers))
+    RepairState(unfinished.repair()).save(1, modules, RepairReport("lstsq", layers))
     weight = unet.conv_in.weight.clone()
 
     def settings() -> None:
@@ -337,7 +337,7 @@ def test_unfinished_run(place, rng):
 
     def repairs() -> None:
         report = RepairReport("lstsq")
-        assert RepairState(unfinished.repair).restore(modules, report) == 1
+        assert RepairState(unfinished.repair()).restore(modules, report) == 1
         assert report.layers == layers and torch.equal(unet.conv_in.weight, weight)
 
     (shard,) = unfinished.folder.glob("calibration-*")
@@ -345,7 +345,7 @@ def test_unfinished_run(place, rng):
     attack(unfinished.folder / "settings.json", json_cases(unfinished.folder / "settings.json", count, rng), settings, count)
     attack(unfinished.plan, json_cases(unfinished.plan, count, rng), plans, count)
     attack(shard, safetensors_cases(shard, count, rng), shards, count)
-    attack(unfinished.repair, safetensors_cases(unfinished.repair, count, rng), repairs, count)
+    attack(unfinished.repair(), safetensors_cases(unfinished.repair(), count, rng), repairs, count)
     unfinished.remove()
 
 

@@ -134,6 +134,8 @@ def in_small(words):
     more = [*shlex.split(SMALL[words[0]]), "--quiet"]
     if words[0] == "prune" and words != COMMANDS[0] and not any(w in RESULTS for w in words) and "--dry_run" not in words:
         more.append("--dry_run")
+    if "--experts" in words:  # that only a repair can tell apart
+        more += ["--repair", "lstsq", "--repair_images", "8"]
     words = [STAND_INS.get(word, word) for word in words if word != "--compile"]
     if text_to_image:
         words[words.index("model")] = "text-to-image"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import inputs, ops
 from ._callable import make_callable
 from .errors import UserError
+from .experts import refuse_experts
 from .graphs import Steps, capture_for, upload
 from .sampling import (
     check_network,
@@ -120,6 +121,7 @@ def calibrate(
     if rows not in ROWS:
         raise UserError(f"rows {rows!r} is not one of {', '.join(ROWS)}.")
     check_network(unet, scheduler)
+    refuse_experts(unet, "the calibration")
     device, dtype = place(unet, device, dtype)
     total = int(scheduler.config.num_train_timesteps)
     target = parse_target_steps(target_steps, total)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, sampling
 from .errors import UserError
+from .experts import refuse_experts
 
 FORMAT = "wanda_fast.export/1"
 FORMS = ("pt2", "aoti", "onnx")
@@ -100,6 +101,7 @@ def export(
     sampling.check_network(unet, loaded.scheduler)
     if "cross_attention_dim" in unet.config or not hasattr(unet, "up_blocks"):
         raise UserError(f"{loaded.name}: is a {type(unet).__name__}; only UNet2DModel can be exported")
+    refuse_experts(unet, "the export")
     checkpoint.check_target(save_path, overwrite, need_bytes=len(forms) * 2 * checkpoint.saved_bytes(unet))
     labelled = getattr(unet, "class_embedding", None) is not None
     net = (LabelledNetwork if labelled else Network)(unet)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, sampling
 from .errors import UserError
+from .experts import refuse_experts
 from .memory import free_gpu_bytes
 
 FORMAT = "wanda_fast.finetune/1"
@@ -325,6 +326,7 @@ class _Training:
             if net is not None and (not hasattr(net, "up_blocks") or "cross_attention_dim" in net.config):
                 raise UserError(f"{type(net).__name__} cannot be trained here; only UNet2DModel can")
         sampling.check_network(self.unet, self.scheduler)
+        refuse_experts(self.unet, "fine-tuning")
         self._check_parts(teacher)
         for net in (self.unet, self.teacher):
             if net is not None:  # nn.Module's own: the override of diffusers warns about a choice that is not made here

@@ -50,7 +50,8 @@ def text(report: dict[str, Any], repo_id: str | None = None) -> str:
         _front_matter(report),
         f"# {name}, pruned",
         f"A smaller version of `{report.get('base_model') or name}`: whole channels were removed, chosen by {method}. "
-        + _REPAIRS[settings["repair"]],
+        + _REPAIRS[settings["repair"]]
+        + _experts(report),
         _table(report, quality),
         _quality_note(report, quality),
         "## Use",
@@ -62,6 +63,13 @@ def text(report: dict[str, Any], repo_id: str | None = None) -> str:
         "settings; `--plan pruning.json` replays them.",
     ]
     return "\n\n".join(p for p in parts if p) + "\n"
+
+
+def _experts(report: dict[str, Any]) -> str:
+    if "experts" not in report:
+        return ""
+    lows = [str(low) for low, _ in report["experts"]["ranges"]]
+    return f" Each of {len(lows)} ranges of timesteps (from {', '.join(lows)}) has weights of its own; a step uses one set."
 
 
 def command(report: dict[str, Any]) -> str:

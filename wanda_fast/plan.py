@@ -196,6 +196,7 @@ class CostModel:
     norms: dict[str, int]
     sinusoid_consumers: tuple[str, ...] = ()
     constant: int = 0  # parameters of everything else
+    copies: Mapping[str, int] = field(default_factory=dict)  # sets of weights of the layers and norms that have more than one
 
     def sizes(self, widths: Mapping[str, int], *, sinusoid: int | None = None) -> tuple[int, int]:
         """(parameters, MACs) for kept channels per slot; slots that are absent stay whole.
@@ -215,10 +216,10 @@ class CostModel:
             if sinusoid is not None and c.name in self.sinusoid_consumers:
                 c_in = sinusoid
             c_out = total(slots.outputs.get(c.name, ()), c.c_out)
-            params += c.kernel * c_in * c_out + c.vector * c_out
+            params += (c.kernel * c_in * c_out + c.vector * c_out) * self.copies.get(c.name, 1)
             macs += c.pairs * c_in * c_out
         for name, dense in self.norms.items():
-            params += 2 * total(slots.inputs[name], dense)
+            params += 2 * total(slots.inputs[name], dense) * self.copies.get(name, 1)
         return params, macs
 
     def part(self, names: Iterable[str]) -> CostModel:

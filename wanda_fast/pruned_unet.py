@@ -8,6 +8,7 @@ wherever wanda_fast can be imported.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from diffusers import (
@@ -17,9 +18,12 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor
 
 from .checkpoint import without_signpost
 from .errors import UserError
+from .experts import add_experts, dispatch, read_record
 from .plan import record_of
 from .slots import find_slots, insert_identity_shortcut, resize
 
@@ -72,20 +76,45 @@ def _signature(dense: type) -> inspect.Signature:
 
 
 class PrunedUNet2DModel(UNet2DModel):
-    """A UNet2DModel with its own width for every channel slot.
+    """A UNet2DModel with its own width for every channel slot, and with several sets of weights where it was made with `experts`.
 
     Args:
-        pruning: the pruning record, see `PruningPlan.record`.
+        pruning: the pruning record, see `PruningPlan.record`; its entry `experts` says where the later ranges of timesteps begin
+            and which layers have weights of their own there, see `wanda_fast.experts`.
         **dense: the configuration of the network before pruning.
+
+    Attributes:
+        expert_starts: first timesteps of the second and later ranges; () with one set of weights.
+        expert_twins: networks of these ranges, whose shared layers are this network's.
 
     Raises:
         UserError: the record does not fit the configuration.
     """
 
+    expert_starts: tuple[int, ...] = ()
+    expert_twins: Sequence[PrunedUNet2DModel] = ()
+
     def __init__(self, pruning: dict[str, Any], **dense: Any) -> None:
         pruning, dense = _parts(pruning, dense)
         super().__init__(**dense)
-        _shrink(self, pruning)
+        experts = pruning.get("experts")
+        _shrink(self, {key: value for key, value in pruning.items() if key != "experts"})
+        if experts is not None:
+            add_experts(self, *read_record(experts))
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor | float | int, class_labels: Tensor | None = None, return_dict: bool = True
+    ) -> UNet2DOutput | tuple[Tensor]:
+        """As `UNet2DModel.forward`; each sample goes through the weights of its timestep."""
+        plain = super().forward
+        if not self.expert_starts:
+            return plain(sample, timestep, class_labels, return_dict)
+
+        def first(x: Tensor, t: Any, labels: Tensor | None) -> Any:
+            return plain(x, t, labels, return_dict=False)
+
+        out = dispatch(first, self.expert_twins, self.expert_starts, sample, timestep, class_labels)
+        return UNet2DOutput(sample=out) if return_dict else (out,)
 
     __init__.__signature__ = _signature(UNet2DModel)  # type: ignore[attr-defined]
 

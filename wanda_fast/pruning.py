@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -21,6 +22,7 @@ from . import compact as compaction
 from . import distributed, latency, ops
 from .calibrate import TABLE_LIMIT, table_memory
 from .errors import UserError
+from .experts import join, own_layers, parse_experts
 from .importance import COMBINATIONS, CRITERIA, Context, draw_anew, get_criterion, slot_scores
 from .inner_slots import base_class
 from .memory import PeakMemory, free_gpu_bytes, parse_bytes
@@ -46,6 +48,7 @@ from .smaller_batches import in_smaller_batches, large_batch_size, usual_batch_s
 if TYPE_CHECKING:
     from diffusers import DDPMPipeline
 
+    from .repair import RepairReport
     from .stats import ActivationStats
 
 OPERATIONS = ("channel_sq_norm", "wanda_score", "compact", "conv_gram")
@@ -108,6 +111,9 @@ class PruneOptions:
         repair_weighting: in whose fit the timesteps count by what an error there does to the sampled image: "none" (all count alike),
             "last" (the network's last layer) or "all" (every layer, those of clean timesteps with at least a tenth).
         repair_images: noised images of the repair; None for 256 on a CPU and 4096 on a GPU that holds them (32 and 128 latents).
+        experts: ranges of timesteps with weights of their own, as a number of ranges or as the timesteps where the
+            second and later ones begin ("300,600"); 1 for one set of weights. Each is fitted on its range with `repair_images` more.
+            Layout "free" and repair "lstsq" alone, see `wanda_fast.experts`.
         load_stats: file of saved statistics, used instead of a calibration.
         plan: file of a saved plan that is replayed.
         device: "cuda", "cpu", …; None for a GPU if there is one.
@@ -151,6 +157,7 @@ class PruneOptions:
     repair: str = "lstsq"
     repair_weighting: str = "none"
     repair_images: int | None = None
+    experts: int | str = 1
     load_stats: str | None = None
     plan: str | None = None
     device: str | None = None
@@ -218,6 +225,11 @@ class PruneOptions:
                 raise UserError(f"{name} must be a whole number of at least {least}; got {value}")
         if self.trials:
             self._check_trials()
+        if parse_experts(self.experts, 10**9):
+            if self.layout != "free":
+                raise UserError("experts need layout free: the configuration of a stock network has room for one set of weights")
+            if self.repair != "lstsq":
+                raise UserError(f"experts are fitted by repair lstsq; with repair {self.repair} they would all be the same")
         if self.dtype is not None and self.dtype not in _DTYPE_NAMES:
             raise UserError(f"unknown dtype {self.dtype!r}; known: {', '.join(_DTYPE_NAMES)}")
         data.check_source(self.dataset, data_dir=self.data_dir)
@@ -458,6 +470,9 @@ class _Run:
     stats: Any = None
     quality: dict[str, Any] = field(default_factory=dict)
     repair_report: Any = None
+    expert_reports: list[Any] = field(default_factory=list)
+    expert_starts: tuple[int, ...] = ()
+    own_layers: list[str] = field(default_factory=list)
     split_report: dict[str, Any] = field(default_factory=dict)
     latency_report: dict[str, Any] = field(default_factory=dict)
     trials_report: list[dict[str, Any]] = field(default_factory=list)
@@ -515,6 +530,9 @@ class _Run:
             self.slots: SlotMap = find_slots(self.unet)
             self.costs = compaction.cost_model(self.unet, self.slots)
             self.dense_params, self.dense_macs = self.costs.sizes({})
+            self.expert_starts = parse_experts(self.options.experts, int(self.scheduler.config.num_train_timesteps))
+            self.own_layers = own_layers(self.unet) if self.expert_starts else []
+            self.costs = self._with_experts(self.costs)
             self.target = self._target()
             self._steps(self.options.target_steps)
 
@@ -524,6 +542,8 @@ class _Run:
 
         o = self.options
         self.conditioned = is_conditioned(self.unet)
+        if self.conditioned and self.options.experts != 1:
+            raise UserError(f"experts are for networks that draw images themselves; {type(self.unet).__name__} works on latents")
         if not self.conditioned:
             for name in ("prompt_embeds", "guidance_scale"):
                 if getattr(o, name) is not None:
@@ -657,13 +677,15 @@ class _Run:
         most = int(0.5 * free_gpu_bytes(self.device) / each)
         return min(4096, max(256, most // 256 * 256))
 
-    def batches(self, n: int, seed_offset: int = 0, batch_size: int | None = None) -> Callable[[], Iterable[Any]]:
-        """A function that yields the same (x_t, t, labels) batches each time it is called."""
+    def batches(
+        self, n: int, seed_offset: int = 0, batch_size: int | None = None, steps: tuple[int, int] | None = None
+    ) -> Callable[[], Iterable[Any]]:
+        """A function that yields the same (x_t, t, labels) batches each time it is called; `steps` is their range of timesteps [low, high)."""
         from .calibrate import noised_batches
 
         o = self.options
         images = self.images()
-        lo, hi = self._steps(o.target_steps if seed_offset == 0 else "all")
+        lo, hi = steps or self._steps(o.target_steps if seed_offset == 0 else "all")
 
         def make() -> Iterable[Any]:
             for x, t, _, labels in noised_batches(
@@ -747,7 +769,7 @@ class _Run:
             twin = compaction.prepared_copy(self.unet, self.plan.identity_shortcuts)
             self.slots = find_slots(twin)
             compaction.check_plan(self.plan, self.unet, self.slots)
-            self.costs = compaction.cost_model(twin, self.slots)
+            self.costs = self._with_experts(compaction.cost_model(twin, self.slots))
             self.log(f"plan: replayed from {o.plan}")
         else:
             with self.stages("plan"):
@@ -782,7 +804,11 @@ class _Run:
             twin = compaction.prepared_copy(self.unet, self.plan.identity_shortcuts)
             self.slots = find_slots(twin)
             compaction.check_plan(self.plan, self.unet, self.slots)
-            self.costs = compaction.cost_model(twin, self.slots)
+            self.costs = self._with_experts(compaction.cost_model(twin, self.slots))
+
+    def _with_experts(self, costs: CostModel) -> CostModel:
+        """The costs of a network with a set of weights for each range of timesteps."""
+        return replace(costs, copies=dict.fromkeys(self.own_layers, len(self.expert_starts) + 1)) if self.expert_starts else costs
 
     def _sizes(self, plan: PruningPlan, costs: CostModel) -> tuple[int, int]:
         sinusoid = None
@@ -1016,22 +1042,28 @@ class _Run:
         if o.repair == "none" or all(len(k) == self.slots.slots[n].width for n, k in self.plan.keep.items()):
             return
 
-        def run(batch_size: int) -> Any:
+        keep = compaction.plan_keep(self.slots, self.plan)
+
+        def fit(network: nn.Module, part: int, batches: Callable[[], Iterable[Any]], layers: Sequence[str] | None = None) -> RepairReport:
+            return repair(
+                twin, network, keep, batches, method=o.repair, layers=layers, **self._weights(), seed=o.seed, device=self.device,
+                progress=self.progress, offload=o.offload, state=None if self.unfinished is None else self.unfinished.repair(part),
+            )  # fmt: skip
+
+        def run(batch_size: int) -> list[RepairReport]:
             if batch_size != first:  # an attempt before has refitted some layers
                 self._cut()
-            return repair(
-                twin,
-                self.pruned,
-                compaction.plan_keep(self.slots, self.plan),
-                self.batches(self.repair_images, batch_size=batch_size),
-                method=o.repair,
-                **self._weights(),
-                seed=o.seed,
-                device=self.device,
-                progress=self.progress,
-                offload=o.offload,
-                state=None if self.unfinished is None else self.unfinished.repair,
-            )
+            reports = [fit(self.pruned, 0, self.batches(self.repair_images, batch_size=batch_size))]
+            if not self.expert_starts:
+                return reports
+            networks = []
+            for part, (steps, seed_offset) in enumerate(zip(self._ranges(), itertools.count(301)), start=1):
+                network = copy.deepcopy(self.pruned)
+                own = self.batches(self.repair_images, seed_offset, batch_size, steps)
+                reports.append(fit(network, part, own, self.own_layers))
+                networks.append(network)
+            self.pruned = join(networks, self.expert_starts, self.own_layers)
+            return reports
 
         with self.stages("repair"):
             twin = compaction.prepared_copy(self.unet, self.plan.identity_shortcuts)
@@ -1040,8 +1072,12 @@ class _Run:
                 nn.Module.to(twin, "cpu")
             # Its time goes with the number of batches; several processes take them in turns and want many.
             first = self.batch_size if self.ranks.size > 1 else self._large_batch(2)
-            self.repair_report = in_smaller_batches(run, first, what="the repair", say=self.log)
+            self.repair_report, *self.expert_reports = in_smaller_batches(run, first, what="the repair", say=self.log)
             nn.Module.to(self.unet, self.device)
+
+    def _ranges(self) -> list[tuple[int, int]]:
+        """[low, high) of the timesteps of each expert."""
+        return list(itertools.pairwise((0, *self.expert_starts, int(self.scheduler.config.num_train_timesteps))))
 
     # --------------------------------------------------------------------------------------------------- sample, measure
 
@@ -1156,6 +1192,12 @@ class _Run:
             report["latency"] = self.latency_report
         if self.repair_report is not None:
             report["repair"] = self.repair_report.to_dict()
+        if self.expert_starts:
+            report["experts"] = {
+                "ranges": [list(steps) for steps in self._ranges()],
+                "own_layers": self.own_layers,
+                "repairs": [r.to_dict() for r in self.expert_reports],
+            }
         if self.stats is not None:
             report["statistics"] = self.stats.info
         return report
@@ -1210,6 +1252,9 @@ class _Run:
                     sampling.save_grid(after, folder / "vis" / "after_pruning.png")
                 if self.repair_report is not None and any(r.error_before for r in self.repair_report.layers):
                     save_repair_picture(self.repair_report, folder / "vis" / "repair.png", title=self.name)
+                for (low, high), expert in zip(self._ranges(), self.expert_reports, strict=False):
+                    title = f"{self.name}, timesteps {low} to {high - 1}"
+                    save_repair_picture(expert, folder / "vis" / f"repair_t{low:04d}.png", title=title)
                 if self.stats is not None:
                     self.stats.save(folder / "activation_stats.safetensors")
                 if analyse:

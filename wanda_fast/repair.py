@@ -16,7 +16,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -359,6 +359,7 @@ def repair(
     target: str = "block",
     ridge: float | Sequence[float] = RIDGES,
     norms: bool = True,
+    layers: Collection[str] | None = None,
     rows_per_unknown: float | None = None,
     max_rows: int | None = None,
     timestep_weight: TimestepWeight | None = None,
@@ -393,6 +394,8 @@ def repair(
         ridge: λ in units of the mean diagonal of the centred XᵀX; of several the best on held-out images is taken. They are
             tried from the largest down, as long as the error falls.
         norms: also refit gain and bias of every GroupNorm, channel by channel.
+        layers: names of the layers and norms that "lstsq" refits, the others stay; layers that are fitted together (a block's last
+            convolution and its shortcut) where all are named. None for all.
         rows_per_unknown: rows of X per unknown of a layer, at least 16384 rows; positions of the maps are drawn at random
             to that number. None for 8 on a CPU and all on a GPU; `math.inf` for all.
         max_rows: most rows of a layer, whatever its size.
@@ -412,7 +415,7 @@ def repair(
     Several processes (`wanda_fast.distributed`) take the batches in turns and add up their sums; each makes the same weights.
 
     Raises:
-        ValueError: an unknown method or target, or `keep` does not fit the layers.
+        ValueError: an unknown method or target, a name in `layers` that the network does not have, or `keep` does not fit the layers.
         RuntimeError: non-finite values; the text names the layer.
 
     Source: layer-wise reconstruction, He et al. 2017, arXiv:1707.06168; block outputs: Li et al. 2021, arXiv:2102.05426.
@@ -424,6 +427,9 @@ def repair(
     ridges = (float(ridge),) if isinstance(ridge, (int, float)) else tuple(sorted((float(r) for r in ridge), reverse=True))
     if not ridges or not all(0 <= r < math.inf for r in ridges):
         raise ValueError(f"ridge must be one or more finite numbers of at least 0, got {ridge}")
+    unknown = sorted(set(layers or ()) - {name for name, _ in pruned.named_modules()})
+    if unknown:
+        raise ValueError(f"layers: the network has no {unknown[0]}")
     started = time.perf_counter()
     report = RepairReport(method)
     if method == "none":
@@ -435,7 +441,10 @@ def repair(
         rows_per_unknown = _CPU_ROWS_PER_UNKNOWN if home.type == "cpu" else math.inf
     work_dense = _working_copy(dense, torch.device("cpu") if offload else home)
     work = _working_copy(pruned, home)
-    options = _Options(target, ridges, norms, rows_per_unknown, max_rows, timestep_weight, last_weight, memory_limit, seed, dtype)
+    chosen = None if layers is None else frozenset(layers)
+    options = _Options(
+        target, ridges, norms, chosen, rows_per_unknown, max_rows, timestep_weight, last_weight, memory_limit, seed, dtype
+    )
     run = _Run(work_dense, work, keep, batches, home, options, report)
     with _full_precision(), visiting(work_dense, home) if offload else nullcontext():
         if method == "bias":
@@ -470,6 +479,7 @@ class _Options:
     target: str
     ridges: tuple[float, ...]
     norms: bool
+    layers: frozenset[str] | None
     rows_per_unknown: float
     max_rows: int | None
     timestep_weight: TimestepWeight | None
@@ -483,6 +493,7 @@ class _Options:
             "target": self.target,
             "ridges": list(self.ridges),
             "norms": self.norms,
+            "layers": "all" if self.layers is None else len(self.layers),
             "rows_per_unknown": self.rows_per_unknown if math.isfinite(self.rows_per_unknown) else "all",
             "max_rows": self.max_rows,
             "timestep_weight": self.timestep_weight is not None,
@@ -600,6 +611,9 @@ class _Run:
             one: Batch = (first[0][:1], first[1][:1], inputs.select(first[2], slice(1)))
             stages, reasons, self.reader = _plan_stages(pruned, self.call(one), watched, blocks)
             self.last = stages[-1] if stages else None
+            if o.layers is not None:
+                stages = [stage for stage in stages if o.layers.issuperset(stage.layers)]
+                reasons = {name: why for name, why in reasons.items() if name in o.layers}
             per_image = peak_bytes(lambda: self.call(one)(self.dense)) + peak_bytes(lambda: self.call(one)(self.pruned))
             budget = _memory_budget(self.device) if o.memory_limit is None else o.memory_limit
             self.report.layers += [LayerRepair(n, "skipped", remark=why) for n, why in reasons.items()]

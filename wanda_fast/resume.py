@@ -106,9 +106,9 @@ class Unfinished:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{self.plan}: not the plan of an unfinished run ({_reason(error)}); remove it to plan anew") from None
 
-    @property
-    def repair(self) -> Path:
-        return self.folder / "repair.safetensors"
+    def repair(self, part: int = 0) -> Path:
+        """State of the repair, or of that of an expert, counted from 1."""
+        return self.folder / f"repair{part or ''}.safetensors"
 
     def save_shard(self, first: int, last: int, stats: ActivationStats) -> None:
         """Keep the statistics of samples first … last - 1; the file's name ends with its checksum."""

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from .errors import UserError
+from .experts import refuse_experts
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
@@ -106,6 +107,7 @@ def check_supported(unet: nn.Module) -> None:
 
         known = ", ".join(("UNet2DModel", *INNER_CLASSES))
         raise UserError(f"{type(unet).__name__} is not supported: only {known} can be pruned")
+    refuse_experts(unet, "finding its channel slots")
     blocks = [*unet.down_blocks, *unet.up_blocks]  # type: ignore[misc]
     if unet.mid_block is not None:
         blocks.append(unet.mid_block)

@@ -128,6 +128,9 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument("--repair_images", type=whole(1), default=None, metavar="N",
         help="noised images of the repair, at least 1 (default: 256 on a CPU, 4096 on a GPU that holds them; 32 and 128 "
         "for latents)")  # fmt: skip
+    group.add_argument("--experts", type=lambda text: int(text) if text.isdecimal() else text, default=1, metavar="N",
+        help="weights of their own for N ranges of timesteps, or for ranges that begin at the listed timesteps, such as "
+        "300,600 (layout free; default: 1)")  # fmt: skip
     group.add_argument("--repair_weighting", choices=("none", "last", "all"), default="none",
         help="layers whose fit counts timesteps by what an error there does to the sampled image: none, the last layer, or "
         "all (default: none)")  # fmt: skip
@@ -350,6 +353,10 @@ def full_report(result: PruneResult) -> str:
     lines = ["", table(_HEAD, rows), f"times on {report['device']}, {dtype}", "", _asked(report)]
     if result.repair is not None:
         lines.append(result.repair.summary())
+    if "experts" in report:
+        ranges = ", ".join(f"{low} to {high - 1}" for low, high in report["experts"]["ranges"])
+        lines.append(f"experts: {len(report['experts']['ranges'])} sets of weights of {len(report['experts']['own_layers'])} layers, for the "
+                     f"timesteps {ranges}")  # fmt: skip
     stages = report["seconds"]
     lines.append(f"seconds: {', '.join(f'{name} {value:.1f}' for name, value in stages.items())}; "
                  f"together {sum(stages.values()):.1f}")  # fmt: skip
