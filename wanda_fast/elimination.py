@@ -73,22 +73,22 @@ def eliminate(layers: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     Returns:
         (rank [C] int64: 0 for the channel that goes first; cost [C] float64: output error that its removal adds).
     """
-    parts = [(p.double().clone(), h.double().clone()) for p, h in layers]
-    count, device = parts[0][0].shape[0], parts[0][0].device
+    p, h = (torch.stack([layer[part].double() for layer in layers]) for part in (0, 1))  # [layers, C, C]
+    count, device = p.shape[-1], p.device
     rank = torch.zeros(count, dtype=torch.int64, device=device)
     cost = torch.zeros(count, dtype=torch.float64, device=device)
     gone = torch.zeros(count, dtype=torch.bool, device=device)
     for step in range(count):
-        price = torch.zeros(count, dtype=torch.float64, device=device)
-        for p, h in parts:
-            price += h.diagonal().clamp_min(0) / p.diagonal().clamp_min(1e-300)
+        price = (h.diagonal(dim1=1, dim2=2).clamp_min(0) / p.diagonal(dim1=1, dim2=2).clamp_min(1e-300)).sum(0)
         i = price.masked_fill(gone, torch.inf).argmin().view(1)
         rank[i], cost[i], gone[i] = step, price[i], True
-        for p, h in parts:
-            column = p[:, i] / p[i, i].clamp_min(1e-300)
-            mixed = h[:, i] @ column.T
-            h += column @ column.T * h[i, i] - mixed - mixed.T
-            p -= column @ p[i]
-            p[i], p[:, i] = 0.0, 0.0
-            p[i, i] = 1.0
+        mine, energy = p.index_select(2, i), h.index_select(2, i)  # [layers, C, 1]
+        column = mine / p.index_select(1, i).index_select(2, i).clamp_min(1e-300)
+        own = h.index_select(1, i).index_select(2, i)
+        # H + H_ii c cᵀ - H_:i cᵀ - c H_:iᵀ, all layers in one product
+        left, right = torch.cat([column, -energy], dim=2), torch.cat([own * column - energy, column], dim=2)
+        h.baddbmm_(left, right.transpose(1, 2))
+        p.baddbmm_(column, mine.transpose(1, 2), alpha=-1)
+        p.index_fill_(1, i, 0.0).index_fill_(2, i, 0.0)
+        p[:, i, i] = 1.0
     return rank.cpu(), cost.cpu()
