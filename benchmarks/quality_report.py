@@ -24,7 +24,8 @@ def _label(row: Row) -> str:
         return "dense"
     method, _, more = row["repair"].partition(", ")  # such as "lstsq, finetuned"
     extras = [] if method == "lstsq" else [f"repair {method}"]
-    extras += [more] if more else []
+    word, _, value = more.partition(" ")
+    extras += [f"{value} experts" if word == "experts" else more] if more else []
     extras += [row["layout"]] if row["layout"] != "stock" else []
     extras += ["uniform split"] if row["split"] == "uniform" else []
     return ", ".join([row["pruner"], *extras])

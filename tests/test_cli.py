@@ -315,10 +315,11 @@ def test_the_first_line_names_the_model_and_the_flag_for_another(capsys, tmp_pat
 @pytest.mark.parametrize(
     ("line", "folder"),
     [
-        ("", "ddpm-cifar10-small-wanda-diff-0.3"),
+        ("", "ddpm-cifar10-small-0.3"),
+        ("--pruner wanda-diff", "ddpm-cifar10-small-wanda-diff-0.3"),
         ("--ratio 0.50 --pruner random", "ddpm-cifar10-small-random-0.5"),
-        ("--model google/ddpm-cat-256 --target_macs 56%", "ddpm-cat-256-wanda-diff-macs56pct"),
-        ("--model some/where/mine/unet --target_params 3.4M", "mine-wanda-diff-params3.4M"),
+        ("--model google/ddpm-cat-256 --target_macs 56%", "ddpm-cat-256-macs56pct"),
+        ("--model some/where/mine/unet --target_params 3.4M", "mine-params3.4M"),
         ("--plan old/pruning.json", "ddpm-cifar10-small-plan-old"),
         ("--plan old/best.json", "ddpm-cifar10-small-plan-best"),
         ("--pruner ../../x", "ddpm-cifar10-small-.._.._x-0.3"),

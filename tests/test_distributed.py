@@ -33,7 +33,7 @@ from wanda_fast.smaller_batches import in_smaller_batches
 SMALL: dict[str, Any] = {**PLAIN, "block_out_channels": (16, 32, 32), "norm_num_groups": 4}
 OPTIONS: dict[str, Any] = {
     "ratio": 0.3, "align": 4, "min_width": 4, "calib_steps": 24, "repair_images": 40, "num_samples": 3, "num_inference_steps": 2,
-    "batch_size": 8, "dataset": "self", "device": "cpu",
+    "batch_size": 8, "dataset": "self", "device": "cpu", "pruner": "wanda-diff",
 }  # fmt: skip
 # Forks `size` ranks, each of which prunes; prints the exit code of each.
 RANKS = """

@@ -17,7 +17,7 @@ import wanda_fast
 from wanda_fast import reference
 from wanda_fast.errors import UserError
 from wanda_fast.importance import CRITERIA, Context, draw_anew, get_criterion, slot_scores
-from wanda_fast.pruning import PruneResult
+from wanda_fast.pruning import PruneOptions, PruneResult
 from wanda_fast.slots import find_slots
 from wanda_fast.stats import ActivationStats
 
@@ -54,6 +54,25 @@ def test_every_pruner_in_both_layouts_with_and_without_repair(pruner: str, pipel
     assert ("criterion" in plain.report) == (pruner in ("taylor", "diff-pruning"))
     for n, p in pipeline.unet.named_parameters():
         assert torch.equal(p, weights[n]) and p.grad is None
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({}, "lstsq-residual"), ({"layout": "free"}, "wanda-diff"), ({"repair": "none"}, "wanda-diff"), ({"repair": "bias"}, "wanda-diff"),
+        ({"time_strategy": "max"}, "wanda-diff"), ({"activation_strategy": "max"}, "wanda-diff"), ({"stats_memory": "1M"}, "wanda-diff"),
+        ({"load_stats": "file"}, "wanda-diff"), ({"pruner": "random"}, "random"), ({"pruner": "wanda-diff"}, "wanda-diff"),
+    ],
+)  # fmt: skip
+def test_the_default_criterion_is_the_best_of_its_layout(options: dict[str, Any], name: str) -> None:
+    assert PruneOptions(**options).usual_pruner == name
+
+
+def test_the_default_criterion_is_reported_by_name(pipeline: DDPMPipeline) -> None:
+    default = wanda_fast.prune(pipeline, repair="lstsq", dry_run=True, **OPTIONS)
+    named = wanda_fast.prune(pipeline, pruner="lstsq-residual", repair="lstsq", dry_run=True, **OPTIONS)
+    assert default.report["settings"]["pruner"] == "lstsq-residual" and default.stats is None
+    assert keep_of(default) == keep_of(named)
 
 
 def test_pruners_choose_differently(pipeline: DDPMPipeline) -> None:

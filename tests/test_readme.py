@@ -278,7 +278,18 @@ def test_quality_in_words_is_that_of_the_results():
     stock, free = large["stock"], large["free"]
     assert f"SSIM {stock['ssim']:.3f} in the stock layout, {free['ssim']:.3f} in the free one" in GUIDE
     assert f"from {dense['fd']:.1f} to {stock['fd']:.1f} and {free['fd']:.1f}" in " ".join(GUIDE.split())
-    assert f"(dense {dense['fd']:.1f}) | {free['fd']:.1f} free layout, {stock['fd']:.1f} stock |" in notes()
+    experts = [row for row in results("quality.json")["rows"] if row["repair"] == "lstsq, experts 3" and row["budget"] == "56.3%"]
+    assert [row["seed"] for row in experts] == [0, 1, 2]
+    said = f"{experts[0]['fd']:.1f} free layout with three experts; {free['fd']:.1f} free layout, {stock['fd']:.1f} stock |"
+    assert f"(dense {dense['fd']:.1f}) | {said} seeds 1 and 2: {experts[1]['fd']:.1f};" in notes()
+    frees = [row for row in results("quality.json")["rows"] if {**default, "layout": "free", "seed": row["seed"]}.items() <= row.items()]
+    fell, rose, psnr, params = ([mean(row[key] for row in rows) for rows in (frees, experts)] for key in ("fd", "ssim", "psnr", "params"))
+    assert (f"falls from {fell[0]:.1f} to {fell[1]:.1f} (dense {dense['fd']:.1f}), SSIM rises from {rose[0]:.3f} to {rose[1]:.3f} and PSNR from "
+            f"{psnr[0]:.1f} to {psnr[1]:.1f} dB; parameters rise from {params[0] / 1e6:.1f} to {params[1] / 1e6:.1f} M") in " ".join(GUIDE.split())
+    rivals = {name: [row["fd"] for row in results("quality.json")["rows"] if {**default, "pruner": name, "layout": "stock", "seed": row["seed"]}.items()
+                     <= row.items()] for name in ("lstsq-residual", "wanda-diff")}  # fmt: skip
+    assert f"{mean(rivals['lstsq-residual']):.1f} against {mean(rivals['wanda-diff']):.1f} for `wanda-diff`, three seeds" in " ".join(GUIDE.split())
+    assert all(len(found) == 3 for found in rivals.values()) and mean(rivals["lstsq-residual"]) < mean(rivals["wanda-diff"])
     ours = {(row["budget"], row["layout"]): row["ssim"] for row in results("quality.json")["rows"]
             if (row["pruner"], row["repair"], row["seed"]) == ("wanda-diff", "lstsq", 0)}  # fmt: skip
     high, low, stock_low = ours["76%", "free"], ours["24.8%", "free"], ours["24.8%", "stock"]

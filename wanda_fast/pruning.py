@@ -88,7 +88,7 @@ class PruneOptions:
             this device, and whole networks are timed until one is within it, see `wanda_fast.latency`.
         latency_mode: "compiled" or "eager": how these networks are timed. Compiling takes up to a minute for each.
         latency_batch: images per forward pass of these timings; None for 16 on a CPU and 256 on a GPU.
-        pruner: name of a criterion, see `wanda_fast.importance`.
+        pruner: name of a criterion, see `wanda_fast.importance`; None for the one that keeps most of the images, see `usual_pruner`.
         thr: of "diff-pruning": timesteps count whose loss is over this share of the largest one, 0 ≤ thr < 1.
         layout: "stock" opens with plain diffusers; "free" has one width per slot and opens with `load_pruned`.
         norm_policy: "balanced", "free" or "groups", see `wanda_fast.plan`.
@@ -136,7 +136,7 @@ class PruneOptions:
     target_latency: str | float | None = None
     latency_mode: str = "compiled"
     latency_batch: int | None = None
-    pruner: str = "wanda-diff"
+    pruner: str | None = None
     thr: float = 0.05
     layout: str = "stock"
     norm_policy: str = "free"
@@ -188,7 +188,7 @@ class PruneOptions:
         for what, budget in (("target_macs", self.target_macs), ("target_params", self.target_params)):
             if budget is not None:
                 parse_budget(budget, 1_000_000_000, what)
-        get_criterion(self.pruner)
+        get_criterion(self.usual_pruner)
         if self.stats_memory is not None:
             parse_bytes(self.stats_memory, "stats_memory")
         if not (isinstance(self.thr, (int, float)) and 0 <= self.thr < 1):
@@ -242,6 +242,20 @@ class PruneOptions:
                 why = f"is a folder; give the file in it{known}" if Path(file).is_dir() else "does not exist"
                 raise UserError(f"the {what} file {file} {why}")
 
+    @property
+    def usual_pruner(self) -> str:
+        """The criterion that is asked for, or the default one.
+
+        "lstsq-residual" in the stock layout before a least-squares repair, where it leaves the lower Fréchet distance at the same SSIM,
+        "wanda-diff" elsewhere: in the free layout, for networks on latents, and where options of its statistics are given
+        (benchmarks/results/recipe-h200.md, "The default criterion").
+        """
+        if self.pruner is not None:
+            return self.pruner
+        usual = type(self)()
+        asked = any(getattr(self, n) != getattr(usual, n) for n in ("load_stats", "time_strategy", "activation_strategy", "stats_memory"))
+        return "lstsq-residual" if (self.layout, self.repair) == ("stock", "lstsq") and not asked else "wanda-diff"
+
     def idle(self, analyse: bool = False) -> list[str]:
         """A line for every option that was changed and has no effect beside the others.
 
@@ -249,12 +263,13 @@ class PruneOptions:
             analyse: whether the activation study is asked for.
         """
         scored = self.plan is None
-        reads = scored and get_criterion(self.pruner).needs_stats
+        pruner = self.usual_pruner
+        reads = scored and get_criterion(pruner).needs_stats
         strategies = ("time_strategy", "activation_strategy")
         rules: list[tuple[bool, tuple[str, ...], str]] = [
             (not scored, ("pruner", "thr", "split", "combine", "norm_policy", "align", "min_width", *strategies), "a plan is replayed"),
-            (scored and self.pruner != "diff-pruning", ("thr",), f"it is for the pruner diff-pruning, not {self.pruner}"),
-            (scored and not reads, strategies, f"the pruner {self.pruner} reads no activation statistics"),
+            (scored and pruner != "diff-pruning", ("thr",), f"it is for the pruner diff-pruning, not {pruner}"),
+            (scored and not reads, strategies, f"the pruner {pruner} reads no activation statistics"),
             (self.load_stats is not None or not (reads or analyse), ("stats_memory",), "nothing is calibrated"),
             (self.target_latency is None, ("latency_mode", "latency_batch"), "no target_latency is asked for"),
             (self.repair == "none", ("repair_images", "offload"), "nothing is repaired"),
@@ -540,8 +555,9 @@ class _Run:
         """What is different for a network that reads conditioning and works on latents; each said aloud."""
         from .inputs import Prompts, input_spec, is_conditioned
 
-        o = self.options
         self.conditioned = is_conditioned(self.unet)
+        usual = "wanda-diff" if self.conditioned and self.options.pruner is None else self.options.usual_pruner
+        o = self.options = replace(self.options, pruner=usual)
         if self.conditioned and self.options.experts != 1:
             raise UserError(f"experts are for networks that draw images themselves; {type(self.unet).__name__} works on latents")
         if not self.conditioned:
@@ -571,7 +587,7 @@ class _Run:
         self.options = replace(o, layout="free", num_samples=0)
 
     def criterion_needs_images(self) -> bool:
-        return self.options.plan is None and get_criterion(self.options.pruner).needs_images
+        return self.options.plan is None and get_criterion(self.options.usual_pruner).needs_images
 
     def open_unfinished(self, save_path: str | Path) -> None:
         """Begin to keep what is done, or go on from what is found."""
@@ -701,7 +717,7 @@ class _Run:
         from .calibrate import calibrate
 
         o = self.options
-        self.criterion = get_criterion(o.pruner)
+        self.criterion = get_criterion(o.usual_pruner)
         if o.load_stats is not None:
             self.stats = stats.ActivationStats.load(o.load_stats)
             self.stats.check_model(self.unet)

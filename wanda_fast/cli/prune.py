@@ -70,8 +70,8 @@ def add_arguments(parser: Parser) -> None:
     how_much.add_argument("--plan", metavar="FILE", help="replay the plan in a pruning.json; nothing is scored")
 
     group = parser.add_argument_group("what to remove")
-    group.add_argument("--pruner", default="wanda-diff", metavar="NAME",
-        help="criterion: {pruners} (default: wanda-diff)")  # fmt: skip
+    group.add_argument("--pruner", metavar="NAME",
+        help="criterion: {pruners} (default: lstsq-residual in the stock layout with its repair, wanda-diff elsewhere)")  # fmt: skip
     group.add_argument("--thr", type=float, default=0.05, metavar="R",
         help="of diff-pruning: timesteps count whose loss is over this share of the largest one, 0 <= R < 1 "
         "(default: 0.05)")  # fmt: skip
@@ -130,7 +130,7 @@ def add_arguments(parser: Parser) -> None:
         "for latents)")  # fmt: skip
     group.add_argument("--experts", type=lambda text: int(text) if text.isdecimal() else text, default=1, metavar="N",
         help="weights of their own for N ranges of timesteps, or for ranges that begin at the listed timesteps, such as "
-        "300,600 (layout free; default: 1)")  # fmt: skip
+        "300,600, in the free layout (default: 1)")  # fmt: skip
     group.add_argument("--repair_weighting", choices=("none", "last", "all"), default="none",
         help="layers whose fit counts timesteps by what an error there does to the sampled image: none, the last layer, or "
         "all (default: none)")  # fmt: skip
@@ -227,7 +227,7 @@ def run(args: argparse.Namespace, out: Terminal) -> int:
 
 
 def default_folder(args: argparse.Namespace) -> Path:
-    """run/<model>-<pruner>-<ratio>, with the budget or the plan in the place of the ratio where that is what was asked."""
+    """run/<model>-<pruner>-<ratio>, with the budget or the plan in place of the ratio where that was asked, and no pruner where none was."""
     model = model_name(args.model)
     if args.plan is not None:
         file = Path(args.plan).expanduser().resolve()
