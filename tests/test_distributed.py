@@ -135,14 +135,16 @@ def report(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "pruning.json").read_text())
 
 
-def test_two_processes_do_the_work_of_one(model: Path, tmp_path: Path) -> None:
-    done = run(RANKS, str(model), str(tmp_path / "two"), OPTIONS, 2, free_port(), None)
+@pytest.mark.parametrize("more", [{}, {"layout": "free", "experts": 2}], ids=["stock", "experts"])
+def test_two_processes_do_the_work_of_one(more: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    options = {**OPTIONS, **more}
+    done = run(RANKS, str(model), str(tmp_path / "two"), options, 2, free_port(), None)
     assert "codes [0, 0]" in done.stdout
     assert done.stdout.count("written to") == 1  # one of them speaks
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        prune(model, save_path=tmp_path / "one", **OPTIONS)
+        prune(model, save_path=tmp_path / "one", **options)
     finally:
         torch.set_num_threads(threads)
     one, two = report(tmp_path / "one"), report(tmp_path / "two")

@@ -129,6 +129,18 @@ def test_export(pruned: Path, tmp_path: Path) -> None:
     assert {p.suffix for p in (tmp_path / "out").iterdir()} >= {".pt2"}
 
 
+def test_experts(tmp_path: Path) -> None:
+    torch.use_deterministic_algorithms(False)
+    folder = tmp_path / "experts"
+    how = ["prune", "--target_macs", "70%", "--layout", "free", "--experts", "2", "--device", "cuda", "--save_path", str(folder), *FEW]
+    assert main(how) == 0
+    report = read(folder / "pruning.json")
+    assert len(report["experts"]["repairs"]) == 2 and report["quality"]["noise_mse_relative"] < 0.02
+    few = ["--num_samples", "8", "--num_inference_steps", "4", "--noise_images", "16", "--device", "cuda", "--quiet"]
+    assert main(["evaluate", str(folder), "--reference", "bundled", *few, "--save_path", str(tmp_path / "evaluation")]) == 0
+    assert read(tmp_path / "evaluation" / "evaluation.json")["ssim"] > 0.8
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA GPUs")
 def test_two_gpus_do_the_work_of_one(tmp_path: Path) -> None:
     """Sums on the GPUs travel by NCCL. The batches of the repair differ, so the weights do in their rounding."""

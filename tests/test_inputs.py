@@ -194,6 +194,9 @@ def test_prune_a_bare_folder(tmp_path: Path) -> None:
     assert replayed.plan.widths == result.plan.widths
     with pytest.raises(UserError, match="already pruned"):
         prune(tmp_path / "out", dry_run=True, **SMALL)
+    assert replayed.report["settings"]["pruner"] == "wanda-diff"
+    with pytest.raises(UserError, match="works on latents"):
+        prune(tmp_path / "model" / "unet", dry_run=True, layout="free", experts=2, **SMALL)
 
 
 def test_other_commands_refuse_latents(tmp_path: Path) -> None:

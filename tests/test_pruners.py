@@ -69,7 +69,9 @@ def test_the_default_criterion_is_the_best_of_its_layout(options: dict[str, Any]
 
 
 def test_the_default_criterion_is_reported_by_name(pipeline: DDPMPipeline) -> None:
-    default = wanda_fast.prune(pipeline, repair="lstsq", dry_run=True, **OPTIONS)
+    lines: list[str] = []
+    default = wanda_fast.prune(pipeline, repair="lstsq", dry_run=True, log=lines.append, **OPTIONS)
+    assert any(line.startswith("criterion: lstsq-residual (the default here") for line in lines)
     named = wanda_fast.prune(pipeline, pruner="lstsq-residual", repair="lstsq", dry_run=True, **OPTIONS)
     assert default.report["settings"]["pruner"] == "lstsq-residual" and default.stats is None
     assert keep_of(default) == keep_of(named)

@@ -557,6 +557,8 @@ class _Run:
 
         self.conditioned = is_conditioned(self.unet)
         usual = "wanda-diff" if self.conditioned and self.options.pruner is None else self.options.usual_pruner
+        if self.options.pruner is None and self.options.plan is None:
+            self.log(f"criterion: {usual} (the default here; --pruner names another)")
         o = self.options = replace(self.options, pruner=usual)
         if self.conditioned and self.options.experts != 1:
             raise UserError(f"experts are for networks that draw images themselves; {type(self.unet).__name__} works on latents")
