@@ -290,6 +290,12 @@ def test_a_dry_run_counts_every_set_of_weights(model: Path, options: dict[str, A
     assert within.report["pruned"]["params"] <= budget < 1.4 * within.report["pruned"]["params"]
 
 
+def test_with_nothing_removed_one_set_of_weights_is_enough(model: Path, options: dict[str, Any]) -> None:
+    result = wanda_fast.prune(model, experts=2, **{**options, "ratio": 0.0})
+    assert not has_experts(result.network) and "experts" not in result.report
+    assert result.report["pruned"] == result.report["dense"]
+
+
 def test_a_saved_plan_and_an_unfinished_run_give_the_same(model: Path, options: dict[str, Any], made: Any, tmp_path: Path) -> None:
     again = wanda_fast.prune(
         model, save_path=tmp_path / "again", plan=str(made.path / "pruning.json"), resume=True, experts="300,600", **options

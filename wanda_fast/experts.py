@@ -31,30 +31,31 @@ _GROWTH = 1.5  # the i-th of n ranges begins at T · (i / n)^1.5: clean timestep
 _OWN_WIDTH = 0.5  # of the image: convolutions and norms on maps at least so wide are the experts' own
 
 
-def parse_experts(value: int | str, total: int) -> tuple[int, ...]:
+def parse_experts(value: int | str, total: int | None = None) -> tuple[int, ...]:
     """First timesteps of the second and later ranges: of a number of ranges, or as they are listed ("300,600").
 
     Args:
         value: 1 for one set of weights, which gives ().
-        total: timesteps of the schedule.
+        total: timesteps of the schedule; None where it is not known yet, and the value is only checked.
 
     Raises:
         UserError: it is neither, there are more than `MOST`, or a range would be empty.
     """
-    text = str(value)
+    text, steps = str(value), total or 10**9
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f"experts is a number of ranges of timesteps, or where the later ones begin, such as 300,600; got {text!r}") from None
     if "," not in text and 1 <= numbers[0] <= MOST:
-        starts = tuple(round(total * (i / numbers[0]) ** _GROWTH) for i in range(1, numbers[0]))
+        starts = tuple(round(steps * (i / numbers[0]) ** _GROWTH) for i in range(1, numbers[0]))
     elif "," not in text:
-        raise UserError(f"experts must be 1 to {MOST}, or where the ranges begin (one alone: 0,{text}); got {text}")
+        raise UserError(f"experts must be 1 to {MOST}, or list where the later ranges of timesteps begin (one alone: 0,500); got {text}")
     else:
         starts = tuple(n for n in numbers if n != 0)
-    edges = (0, *starts, total)
+    edges = (0, *starts, steps)
     if len(edges) - 1 > MOST or any(a >= b for a, b in pairwise(edges)):
-        raise UserError(f"experts: ranges of timesteps begin at rising numbers from 1 to {total - 1}, at most {MOST} ranges; got {text!r}")
+        last = "the model's last timestep" if total is None else str(total - 1)
+        raise UserError(f"experts: ranges of timesteps begin at rising numbers from 1 to {last}, at most {MOST} ranges; got {text!r}")
     return starts
 
 

@@ -225,7 +225,7 @@ class PruneOptions:
                 raise UserError(f"{name} must be a whole number of at least {least}; got {value}")
         if self.trials:
             self._check_trials()
-        if parse_experts(self.experts, 10**9):
+        if parse_experts(self.experts):
             if self.layout != "free":
                 raise UserError("experts need layout free: the configuration of a stock network has room for one set of weights")
             if self.repair != "lstsq":
@@ -560,7 +560,7 @@ class _Run:
         if self.options.pruner is None and self.options.plan is None:
             self.log(f"criterion: {usual} (the default here; --pruner names another)")
         o = self.options = replace(self.options, pruner=usual)
-        if self.conditioned and self.options.experts != 1:
+        if self.conditioned and parse_experts(self.options.experts):
             raise UserError(f"experts are for networks that draw images themselves; {type(self.unet).__name__} works on latents")
         if not self.conditioned:
             for name in ("prompt_embeds", "guidance_scale"):
@@ -796,6 +796,9 @@ class _Run:
             if whole and o.ratio > 0 and self.target.ratio is not None and o.target_latency is None:
                 raise UserError(f"ratio {o.ratio:g} would remove nothing: widths are multiples of {o.align} (align), at least {o.min_width} "
                                 "(min_width), and the norms must allow them; ask for more, or for a smaller align or min_width")  # fmt: skip
+        if self.expert_starts and all(len(k) == self.slots.slots[n].width for n, k in self.plan.keep.items()):
+            self.log("experts: one set of weights, since nothing is removed")
+            self.expert_starts, self.costs = (), replace(self.costs, copies={})
         self.pruned_params, self.pruned_macs = self._sizes(self.plan, self.costs)
 
     def _plan_once(self) -> None:
