@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 import wanda_fast
 from wanda_fast import checkpoint, data, evaluation, sampling
 from wanda_fast.calibrate import noised_batches
+from wanda_fast.cli.compare_page import rows
 from wanda_fast.compact import compact, cost_model, plan_keep
+from wanda_fast.compare import compare
 from wanda_fast.errors import UserError
 from wanda_fast.experts import MOST, add_experts, has_experts, join, own_layers, parse_experts, read_record
 from wanda_fast.export import export
@@ -313,9 +315,13 @@ def test_samples_do_not_depend_on_the_batch(made: Any) -> None:
     assert images.shape == (1, 16, 16, 3)
 
 
-def test_evaluation_takes_experts(model: Path, made: Any, tmp_path: Path) -> None:
+def test_evaluation_and_comparison_take_experts(model: Path, made: Any) -> None:
     found = evaluation.evaluate(made.path, model, n=4, steps=2, noise_images=8, batch_size=4, device="cpu")
     assert found["model"]["params"] == evaluation.count_params(made.network)
+    report, _ = compare([model, made.path], n=2, steps=2, noise_images=4, batch_size=2, device="cpu")
+    assert [m["experts"] for m in report["models"]] == [1, 3]
+    (layout,) = (line for line in rows(report) if line[0] == "layout")
+    assert layout[1:] == (["stock", "free"], ["", "3 experts"])
 
 
 def test_the_repair_of_chosen_layers_leaves_the_others(model: Path, options: dict[str, Any]) -> None:

@@ -48,8 +48,8 @@ def compare(
 
     Returns:
         (report, images). The report holds JSON values: ``models`` (one entry each, in order: ``label`` A, B, …, ``name``,
-        ``layout``, ``params``, ``macs``, ``file_bytes``, ``forward_seconds``, ``widths``, and against A ``ssim``, ``psnr``,
-        ``noise``), settings and versions. images: uint8 [n, H, W, C] of each model.
+        ``layout``, ``experts`` (sets of weights), ``params``, ``macs``, ``file_bytes``, ``forward_seconds``, ``widths``, and against A
+        ``ssim``, ``psnr``, ``noise``), settings and versions. images: uint8 [n, H, W, C] of each model.
 
     Raises:
         UserError: fewer than two models, one that cannot be opened, image shapes or noise schedules that differ.
@@ -79,6 +79,7 @@ def compare(
             "label": LETTERS[i],
             "name": m.name,
             "layout": m.layout,
+            "experts": len(getattr(m.unet, "expert_starts", ())) + 1,
             "params": evaluation.count_params(m.unet),
             "macs": evaluation.count_macs(m.unet),
             "file_bytes": _file_bytes(m),

@@ -127,7 +127,8 @@ def rows(report: Mapping[str, Any]) -> list[tuple[str, list[str], list[str]]]:
     whole = [m["noise"]["all"] for m in models[1:]]
     found.append(("error of the predicted noise", ["0", *(f"{e['mse']:.3g}" for e in whole)],
                   ["", *(f"{e['relative']:.2%} of its energy" for e in whole)]))  # fmt: skip
-    found.append(("layout", [m["layout"] for m in models], blank))
+    experts = [f"{m['experts']} experts" if m["experts"] > 1 else "" for m in models]
+    found.append(("layout", [m["layout"] for m in models], experts))
     return found
 
 
