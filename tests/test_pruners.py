@@ -14,7 +14,7 @@ from runs import one_thread as one_thread
 from torch import nn
 
 import wanda_fast
-from wanda_fast import reference
+from wanda_fast import reference, sensitivity
 from wanda_fast.errors import UserError
 from wanda_fast.importance import CRITERIA, Context, draw_anew, get_criterion, slot_scores
 from wanda_fast.pruning import PruneOptions, PruneResult
@@ -75,6 +75,25 @@ def test_the_default_criterion_is_reported_by_name(pipeline: DDPMPipeline) -> No
     named = wanda_fast.prune(pipeline, pruner="lstsq-residual", repair="lstsq", dry_run=True, **OPTIONS)
     assert default.report["settings"]["pruner"] == "lstsq-residual" and default.stats is None
     assert keep_of(default) == keep_of(named)
+
+
+def test_scoring_takes_smaller_batches_where_memory_is_short(pipeline: DDPMPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward passes of lstsq-residual need far more of it than the calibration's forward passes."""
+    whole, sizes = sensitivity.study_layers, []
+
+    def short(unet: Any, batches: Any, layers: Any, **more: Any) -> Any:
+        kept = list(batches)
+        sizes.append(len(kept[0][0]))
+        if sizes[-1] > 4:
+            raise torch.OutOfMemoryError("too much")
+        return whole(unet, kept, layers, **more)
+
+    monkeypatch.setattr(sensitivity, "study_layers", short)
+    lines: list[str] = []
+    how = {**OPTIONS, "pruner": "lstsq-residual", "dry_run": True, "split": "uniform"}
+    small = wanda_fast.prune(pipeline, **{**how, "batch_size": 16}, log=lines.append)
+    assert sizes == [16, 8, 4] and sum("the scoring" in line for line in lines) == 2
+    assert keep_of(small) == keep_of(wanda_fast.prune(pipeline, **{**how, "batch_size": 4}))
 
 
 def test_pruners_choose_differently(pipeline: DDPMPipeline) -> None:

@@ -749,8 +749,15 @@ class _Run:
                 self.stats = calibrate_in_shards(part, o.calib_steps, self.batch_size, self.ranks, self.unfinished, self.log)
         if o.plan is None:
             self.context = self._context()
-            with self.stages("calibrate"):
+
+            def prepare(size: int) -> None:
+                self.context.batch_size = size
+                if self.context.batches is not None:
+                    self.context.batches = lambda n: self.batches(n, batch_size=size)()
                 self.criterion.prepare(self.unet, self.context)
+
+            with self.stages("calibrate"):
+                in_smaller_batches(prepare, self.batch_size, what="the scoring", say=self.log)
             if self.criterion.notes:
                 self.log(f"{o.pruner}: " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in self.criterion.notes.items()))
 
