@@ -289,6 +289,7 @@ class Bench:
 
     def protocol(self) -> dict[str, Any]:
         """Everything that a reader needs to measure the same."""
+        from wanda_fast.evaluation import _listed
         from wanda_fast.sampling import make_stepper
 
         args = self.args
@@ -300,7 +301,7 @@ class Bench:
             "samples": args.samples,
             "steps": args.steps,
             "sampler": "DDIM, eta 0, x0 clipped as the scheduler says; the sampler's arithmetic in float32",
-            "spacing": f"leading: {', '.join(str(int(t)) for t in stepper.timesteps[:2])}, ..., {int(stepper.timesteps[-1])}",
+            "spacing": f"leading: {_listed(stepper.timesteps.tolist())}",
             "noise": f"image i from a CPU generator of (seed {args.seed}, i); the same for every row; labels likewise",
             "sampled": "rows say whether their network was sampled eagerly or under torch.compile (`sampled`); the dense network was eagerly; "
             "what rounding alone changes is the dense row's precision_ssim",

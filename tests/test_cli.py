@@ -322,6 +322,9 @@ def test_the_first_line_names_the_model_and_the_flag_for_another(capsys, tmp_pat
         ("--model some/where/mine/unet --target_params 3.4M", "mine-params3.4M"),
         ("--plan old/pruning.json", "ddpm-cifar10-small-plan-old"),
         ("--plan old/best.json", "ddpm-cifar10-small-plan-best"),
+        ("--target_macs 56% --layout free", "ddpm-cifar10-small-macs56pct-free"),
+        ("--layout free --experts 3 --pruner wanda-diff", "ddpm-cifar10-small-wanda-diff-0.3-free-experts3"),
+        ("--layout free --experts 300,600", "ddpm-cifar10-small-0.3-free-experts300_600"),
         ("--pruner ../../x", "ddpm-cifar10-small-.._.._x-0.3"),
     ],
 )

@@ -227,7 +227,9 @@ def run(args: argparse.Namespace, out: Terminal) -> int:
 
 
 def default_folder(args: argparse.Namespace) -> Path:
-    """run/<model>-<pruner>-<ratio>, with the budget or the plan in place of the ratio where that was asked, and no pruner where none was."""
+    """run/<model>-<pruner>-<ratio>, with the budget or the plan in place of the ratio where that was asked, no pruner where none was, and the
+    layout and the experts where they are not the usual ones.
+    """
     model = model_name(args.model)
     if args.plan is not None:
         file = Path(args.plan).expanduser().resolve()
@@ -240,6 +242,10 @@ def default_folder(args: argparse.Namespace) -> Path:
         parts = [model, args.pruner, f"latency{args.target_latency}"]
     else:
         parts = [model, args.pruner, f"{0.3 if args.ratio is None else args.ratio:g}"]
+    if args.layout != "stock":
+        parts.append(args.layout)
+    if args.experts != 1:
+        parts.append(f"experts{args.experts}".replace(",", "_"))
     name = "-".join(p for p in parts if p).replace("%", "pct")
     return Path("run") / (re.sub(r"[^\w.+-]", "_", name).lstrip(".") or "pruned")
 
