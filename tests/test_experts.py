@@ -97,8 +97,9 @@ def test_what_has_one_set_of_weights_refuses_several(tmp_path: Path) -> None:
         wanda_fast.calibrate(network, DDPMScheduler(), images, n=4, batch_size=2)
     with pytest.raises(UserError, match="already pruned"):
         wanda_fast.prune(folder)
-    with pytest.raises(UserError, match="one set of weights; this one has 3"):
-        finetune(folder, save_path=tmp_path / "tuned", steps=1, device="cpu")
+    for option, why in ({"feature_weight": 0.1}, "feature_weight"), ({"compile": True}, "compile"):
+        with pytest.raises(UserError, match=f"experts split a batch by timestep.*{why}|{why}.*experts split"):
+            finetune(folder, teacher=str(folder), save_path=tmp_path / "tuned", steps=1, device="cpu", **option)
     with pytest.raises(UserError, match="one set of weights; this one has 3"):
         export(folder, save_path=tmp_path / "exported", device="cpu")
     with pytest.raises(UserError, match="one set of weights; this one has 3"):
@@ -322,6 +323,19 @@ def test_evaluation_and_comparison_take_experts(model: Path, made: Any) -> None:
     assert [m["experts"] for m in report["models"]] == [1, 3]
     (layout,) = (line for line in rows(report) if line[0] == "layout")
     assert layout[1:] == (["stock", "free"], ["", "3 experts"])
+
+
+def test_training_reaches_every_expert_and_keeps_them(model: Path, options: dict[str, Any], made: Any, tmp_path: Path) -> None:
+    """One image a step: each step trains the range of its timestep alone."""
+    result = finetune(
+        made.path, teacher=str(model), dataset=options["dataset"], save_path=tmp_path / "tuned", steps=6, batch_size=1, warmup=0, lr=1e-2,
+        ema_decay=0.0, weight_decay=0.0, num_samples=1, num_inference_steps=2, validate_every=6, save_every=1, device="cpu",
+    )  # fmt: skip
+    before, after = (load_file(p / checkpoint.WEIGHTS) for p in (made.path, result.path))
+    assert before.keys() == after.keys()
+    for name in ("conv_in.weight", "experts.0.conv_in.weight", "experts.1.conv_in.weight", "mid_block.resnets.0.conv1.weight"):
+        assert not torch.equal(before[name], after[name]), name
+    assert has_experts(wanda_fast.load_pruned(result.path).unet)
 
 
 def test_the_repair_of_chosen_layers_leaves_the_others(model: Path, options: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, sampling
 from .errors import UserError
-from .experts import refuse_experts
+from .experts import has_experts
 from .memory import free_gpu_bytes
 
 FORMAT = "wanda_fast.finetune/1"
@@ -326,7 +326,12 @@ class _Training:
             if net is not None and (not hasattr(net, "up_blocks") or "cross_attention_dim" in net.config):
                 raise UserError(f"{type(net).__name__} cannot be trained here; only UNet2DModel can")
         sampling.check_network(self.unet, self.scheduler)
-        refuse_experts(self.unet, "fine-tuning")
+        for net in (self.unet, self.teacher):
+            if net is not None and has_experts(net):  # which send each sample through the weights of its timestep
+                if o.feature_weight > 0:
+                    raise UserError("feature_weight compares maps of whole batches, and experts split a batch by timestep: leave it at 0")
+                if o.compile:
+                    raise UserError("experts split a batch by timestep, and a compiled network is for one batch size: leave compile out")
         self._check_parts(teacher)
         for net in (self.unet, self.teacher):
             if net is not None:  # nn.Module's own: the override of diffusers warns about a choice that is not made here
@@ -538,6 +543,9 @@ class _Training:
             with self.accelerator.accumulate(self.unet):
                 losses = self._losses(clean[part], noise[part], t[part], None if labels is None else labels[part])
                 self.accelerator.backward(losses["loss"])
+                if self.accelerator.sync_gradients and has_experts(self.unet):
+                    for _, p in self.named:  # no sample in a range: its weights get a state of the optimiser all the same
+                        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 if self.accelerator.sync_gradients and o.grad_clip > 0:
                     self.accelerator.clip_grad_norm_([p for _, p in self.named], o.grad_clip)
                 self.optimiser.step()
