@@ -96,6 +96,13 @@ def configurations() -> list[Config]:
     return found
 
 
+def recipe(repair: str) -> tuple[str, str, str]:
+    """("lstsq", "experts", "3") of "lstsq, experts 3"; what is missing is empty."""
+    method, _, more = repair.partition(", ")
+    word, _, value = more.partition(" ")
+    return method, word, value
+
+
 def key(row: Row) -> tuple[str, ...]:
     """What a row is of; rows of one key are the same measurement."""
     return tuple(str(row[k]) for k in ("model", *asdict(Config("")).keys()))
@@ -434,8 +441,7 @@ class Bench:
         if (kept / "pruning.json").is_file():
             return
         args = self.args
-        method, _, more = config.repair.partition(", ")
-        word, _, value = more.partition(" ")
+        method, word, value = recipe(config.repair)
         extra: dict[str, Any] = {"repair_weighting": value} if word == "weighting" else {"experts": int(value)} if word == "experts" else {}
         dataset = self.calibration_images(config.seed)
         criterion = CRITERIA[config.pruner]

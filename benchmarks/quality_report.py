@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import table
-from benchmarks.quality import MAIN_BUDGET, OURS, RESULTS, ROOT, WEIGHTED, Row, key, read_results
+from benchmarks.quality import MAIN_BUDGET, OURS, RESULTS, ROOT, WEIGHTED, Row, key, read_results, recipe
 
 CPU_RESULTS = RESULTS.with_name("quality-cpu.json")
 LARGE_CPU_RESULTS = RESULTS.with_name("quality-large-cpu.json")  # budgets of the large network, of few images; in `FULL` alone
@@ -22,10 +22,9 @@ BEGIN, END = "<!-- quality table: begin -->", "<!-- quality table: end -->"
 def _label(row: Row) -> str:
     if row["pruner"] == "dense":
         return "dense"
-    method, _, more = row["repair"].partition(", ")  # such as "lstsq, finetuned"
+    method, word, value = recipe(row["repair"])
     extras = [] if method == "lstsq" else [f"repair {method}"]
-    word, _, value = more.partition(" ")
-    extras += [f"{value} experts" if word == "experts" else more] if more else []
+    extras += [f"{value} experts" if word == "experts" else f"{word} {value}".strip()] if word else []
     extras += [row["layout"]] if row["layout"] != "stock" else []
     extras += ["uniform split"] if row["split"] == "uniform" else []
     return ", ".join([row["pruner"], *extras])

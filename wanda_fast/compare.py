@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import evaluation
 from .checkpoint import Loaded, load_pipeline
 from .errors import UserError
+from .experts import count_experts
 from .sampling import fast_layout, image_shape, sample
 
 FORMAT = "wanda_fast.comparison/1"
@@ -79,7 +80,7 @@ def compare(
             "label": LETTERS[i],
             "name": m.name,
             "layout": m.layout,
-            "experts": len(getattr(m.unet, "expert_starts", ())) + 1,
+            "experts": count_experts(m.unet),
             "params": evaluation.count_params(m.unet),
             "macs": evaluation.count_macs(m.unet),
             "file_bytes": _file_bytes(m),

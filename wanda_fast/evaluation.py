@@ -35,6 +35,7 @@ from .sampling import (
     prediction_target,
     sample,
     to_float,
+    watch_shapes,
 )
 from .smaller_batches import usual_batch_size
 
@@ -223,23 +224,14 @@ def count_macs(unet: nn.Module) -> int:
     google/ddpm-cifar10-32 this is 6.054 G; torch-pruning's counter adds one per bias and output element and says 6.064
     G; the products inside attention would add 0.168 G. The network is not run, a copy on the meta device is.
     """
-    twin = nn.Module.to(copy.deepcopy(unet), "meta")
     macs = 0
 
-    def add(layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+    def add(_: str, layer: nn.Module, out: Tensor) -> None:
         nonlocal macs
         weight: Any = layer.weight
         macs += out[0].numel() * weight[0].numel()
 
-    for layer in twin.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            layer.register_forward_hook(add)
-    x = torch.empty(1, *image_shape(unet), device="meta", dtype=next(twin.parameters()).dtype)
-    labels = (
-        None if getattr(twin, "class_embedding", None) is None else torch.zeros(1, dtype=torch.int64, device="meta")
-    )
-    with torch.no_grad():
-        twin(x, torch.zeros(1, dtype=torch.int64, device="meta"), class_labels=labels)
+    watch_shapes(unet, (nn.Conv2d, nn.Linear), add)
     return macs
 
 

@@ -65,28 +65,17 @@ def own_layers(unet: Any) -> list[str]:
     Args:
         unet: a UNet2DModel; it is not run, a copy on the meta device is.
     """
-    from .sampling import image_shape
+    from .sampling import image_shape, watch_shapes
 
-    twin = nn.Module.to(copy.deepcopy(unet), "meta")
-    channels, height, width = image_shape(unet)
-    own: list[str] = []
+    width = image_shape(unet)[2]
+    own = set()
 
-    def watch(name: str, module: nn.Module) -> None:
-        def hook(_: nn.Module, __: Any, out: Tensor) -> None:
-            if isinstance(module, nn.Linear) or out.ndim != 4 or out.shape[-1] >= _OWN_WIDTH * width:
-                own.append(name)
+    def note(name: str, layer: nn.Module, out: Tensor) -> None:
+        if isinstance(layer, nn.Linear) or out.ndim != 4 or out.shape[-1] >= _OWN_WIDTH * width:
+            own.add(name)
 
-        module.register_forward_hook(hook)
-
-    for name, module in twin.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear, nn.GroupNorm)):
-            watch(name, module)
-    labels = None if getattr(twin, "class_embedding", None) is None else torch.zeros(1, dtype=torch.int64, device="meta")
-    with torch.no_grad():
-        x = torch.empty(1, channels, height, width, device="meta", dtype=next(twin.parameters()).dtype)
-        twin(x, torch.zeros(1, dtype=torch.int64, device="meta"), class_labels=labels)
-    called = set(own)
-    return [name for name, _ in unet.named_modules() if name in called]
+    watch_shapes(unet, (nn.Conv2d, nn.Linear, nn.GroupNorm), note)
+    return [name for name, _ in unet.named_modules() if name in own]
 
 
 def read_record(record: Any) -> tuple[tuple[int, ...], list[str]]:
@@ -162,9 +151,14 @@ def join(networks: Sequence[Any], starts: Sequence[int], layers: Collection[str]
     return whole.requires_grad_(False).eval()
 
 
+def count_experts(network: Any) -> int:
+    """Sets of weights; 1 for a network without experts."""
+    return len(getattr(network, "expert_starts", ())) + 1
+
+
 def has_experts(network: Any) -> bool:
     """Whether the network has several sets of weights."""
-    return bool(getattr(network, "expert_starts", ()))
+    return count_experts(network) > 1
 
 
 def refuse_experts(network: Any, what: str) -> None:
@@ -173,28 +167,26 @@ def refuse_experts(network: Any, what: str) -> None:
         UserError: the network has experts, which `what` cannot work with.
     """
     if has_experts(network):
-        count = len(network.expert_starts) + 1
+        count = count_experts(network)
         raise UserError(f"{what} works on networks with one set of weights; this one has {count} (--experts), one for each range of timesteps")
 
 
 def dispatch(
-    first: Callable[..., Any], twins: Sequence[Any], starts: Sequence[int], sample: Tensor, timestep: Any, class_labels: Tensor | None
+    experts: Sequence[Callable[..., Any]], starts: Sequence[int], sample: Tensor, timestep: Any, class_labels: Tensor | None
 ) -> Tensor:
     """The output of the expert of each sample's timestep, [N, C, H, W].
 
     Args:
-        first: the expert of the first range: a function of (sample, timestep, class_labels) that returns a tuple.
-        twins: those of the others.
+        experts: one for each range, to be called as a UNet2DModel.
+        starts: where the ranges but the first begin.
         sample: [N, C, H, W].
         timestep: a number, or a tensor of one or N timesteps.
         class_labels: [N] or None.
     """
     t = timestep if isinstance(timestep, Tensor) else torch.tensor([timestep])
-    experts = [first, *twins]
 
-    def run(index: int, *inputs: Any) -> Tensor:
-        expert = experts[index]
-        return expert(*inputs)[0] if index == 0 else expert(inputs[0], inputs[1], class_labels=inputs[2], return_dict=False)[0]
+    def run(index: int, x: Tensor, at: Any, labels: Tensor | None) -> Tensor:
+        return experts[index](x, at, class_labels=labels, return_dict=False)[0]
 
     if t.device.type == "meta":  # shapes alone, and all experts have the same
         return run(0, sample, timestep, class_labels)

@@ -109,11 +109,7 @@ class PrunedUNet2DModel(UNet2DModel):
         plain = super().forward
         if not self.expert_starts:
             return plain(sample, timestep, class_labels, return_dict)
-
-        def first(x: Tensor, t: Any, labels: Tensor | None) -> Any:
-            return plain(x, t, labels, return_dict=False)
-
-        out = dispatch(first, self.expert_twins, self.expert_starts, sample, timestep, class_labels)
+        out = dispatch([plain, *self.expert_twins], self.expert_starts, sample, timestep, class_labels)
         return UNet2DOutput(sample=out) if return_dict else (out,)
 
     __init__.__signature__ = _signature(UNet2DModel)  # type: ignore[attr-defined]

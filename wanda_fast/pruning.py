@@ -748,25 +748,22 @@ class _Run:
             with self.stages("calibrate"):
                 self.stats = calibrate_in_shards(part, o.calib_steps, self.batch_size, self.ranks, self.unfinished, self.log)
         if o.plan is None:
-            self.context = self._context()
 
             def prepare(size: int) -> None:
-                self.context.batch_size = size
-                if self.context.batches is not None:
-                    self.context.batches = lambda n: self.batches(n, batch_size=size)()
-                self.criterion.prepare(self.unet, self.context)
+                self.context = self._context(size)
+                with self.stages("calibrate"):
+                    self.criterion.prepare(self.unet, self.context)
 
-            with self.stages("calibrate"):
-                in_smaller_batches(prepare, self.batch_size, what="the scoring", say=self.log)
+            in_smaller_batches(prepare, self.batch_size, what="the scoring", say=self.log)
             if self.criterion.notes:
                 self.log(f"{o.pruner}: " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in self.criterion.notes.items()))
 
-    def _context(self) -> Context:
+    def _context(self, batch_size: int) -> Context:
         """What the criterion may use."""
         o = self.options
         context = Context(
             seed=o.seed, backend=_backend_of("wanda_score"), stats=self.stats, images=o.calib_steps,
-            timesteps=self._steps(o.target_steps), batch_size=self.batch_size, thr=float(o.thr),
+            timesteps=self._steps(o.target_steps), batch_size=batch_size, thr=float(o.thr),
         )  # fmt: skip
         if self.stats is not None:
             strategy: dict[str, Any] = {
@@ -778,7 +775,7 @@ class _Run:
             from .taylor import NoisedImages
 
             context.noised = NoisedImages(self.unet, self.scheduler, self.images(), seed=o.seed)
-            context.batches = lambda n: self.batches(n)()
+            context.batches = lambda n: self.batches(n, batch_size=batch_size)()
             context.alphas_cumprod = self.scheduler.alphas_cumprod
             context.prediction_type = self._prediction_type
         return context
@@ -791,19 +788,15 @@ class _Run:
             self.plan = PruningPlan.load(o.plan)
             if o.layout == "free" and self.plan.layout == "stock":
                 raise UserError(f"{o.plan}: a plan of the layout stock, asked is free; leave out the layout, or plan anew")
-            twin = compaction.prepared_copy(self.unet, self.plan.identity_shortcuts)
-            self.slots = find_slots(twin)
-            compaction.check_plan(self.plan, self.unet, self.slots)
-            self.costs = self._with_experts(compaction.cost_model(twin, self.slots))
+            self._fit_to_plan()
             self.log(f"plan: replayed from {o.plan}")
         else:
             with self.stages("plan"):
                 self._plan_once()
-            whole = all(w == self.slots.slots[n].width for n, w in self.plan.widths.items())
-            if whole and o.ratio > 0 and self.target.ratio is not None and o.target_latency is None:
+            if self._whole and o.ratio > 0 and self.target.ratio is not None and o.target_latency is None:
                 raise UserError(f"ratio {o.ratio:g} would remove nothing: widths are multiples of {o.align} (align), at least {o.min_width} "
                                 "(min_width), and the norms must allow them; ask for more, or for a smaller align or min_width")  # fmt: skip
-        if self.expert_starts and all(len(k) == self.slots.slots[n].width for n, k in self.plan.keep.items()):
+        if self.expert_starts and self._whole:
             self.log("experts: one set of weights, since nothing is removed")
             self.expert_starts, self.costs = (), replace(self.costs, copies={})
         self.pruned_params, self.pruned_macs = self._sizes(self.plan, self.costs)
@@ -829,10 +822,23 @@ class _Run:
         if known or not self.ranks.main:
             assert head is not None
             self.plan = PruningPlan.from_dict(head["plan"])
-            twin = compaction.prepared_copy(self.unet, self.plan.identity_shortcuts)
-            self.slots = find_slots(twin)
-            compaction.check_plan(self.plan, self.unet, self.slots)
-            self.costs = self._with_experts(compaction.cost_model(twin, self.slots))
+            self._fit_to_plan()
+
+    def _fit_to_plan(self) -> None:
+        """Slots and costs of the network that a plan from elsewhere is for.
+
+        Raises:
+            UserError: the plan does not fit the network.
+        """
+        twin = compaction.prepared_copy(self.unet, self.plan.identity_shortcuts)
+        self.slots = find_slots(twin)
+        compaction.check_plan(self.plan, self.unet, self.slots)
+        self.costs = self._with_experts(compaction.cost_model(twin, self.slots))
+
+    @property
+    def _whole(self) -> bool:
+        """Whether the plan removes nothing."""
+        return all(w == self.slots.slots[n].width for n, w in self.plan.widths.items())
 
     def _with_experts(self, costs: CostModel) -> CostModel:
         """The costs of a network with a set of weights for each range of timesteps."""
@@ -1067,7 +1073,7 @@ class _Run:
         from .repair import repair
 
         o = self.options
-        if o.repair == "none" or all(len(k) == self.slots.slots[n].width for n, k in self.plan.keep.items()):
+        if o.repair == "none" or self._whole:
             return
 
         keep = compaction.plan_keep(self.slots, self.plan)
@@ -1085,9 +1091,9 @@ class _Run:
             if not self.expert_starts:
                 return reports
             networks = []
-            for part, (steps, seed_offset) in enumerate(zip(self._ranges(), itertools.count(301)), start=1):
+            for part, steps in enumerate(self._ranges(), start=1):
                 network = copy.deepcopy(self.pruned)
-                own = self.batches(self.repair_images, seed_offset, batch_size, steps)
+                own = self.batches(self.repair_images, 300 + part, batch_size, steps)
                 reports.append(fit(network, part, own, self.own_layers))
                 networks.append(network)
             self.pruned = join(networks, self.expert_starts, self.own_layers)

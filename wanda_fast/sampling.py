@@ -8,6 +8,7 @@ grids start from the same noise.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -252,6 +253,21 @@ def image_shape(unet: nn.Module) -> tuple[int, int, int]:
         raise UserError("the network's config has no sample_size, so the size of its images is unknown.")
     height, width = (size, size) if isinstance(size, int) else size
     return int(config["in_channels"]), int(height), int(width)
+
+
+def watch_shapes(unet: nn.Module, kinds: tuple[type[nn.Module], ...], note: Callable[[str, nn.Module, Tensor], None]) -> None:
+    """Call note(name, layer, output) for every call of a layer of these kinds in a pass of one image.
+
+    The network is not run, a copy on the meta device is: the tensors have shapes and no values.
+    """
+    twin = nn.Module.to(copy.deepcopy(unet), "meta")
+    for name, layer in twin.named_modules():
+        if isinstance(layer, kinds):
+            layer.register_forward_hook(lambda module, _, out, name=name: note(name, module, out))
+    x = torch.empty(1, *image_shape(unet), device="meta", dtype=next(twin.parameters()).dtype)
+    zero = torch.zeros(1, dtype=torch.int64, device="meta")
+    with torch.no_grad():
+        twin(x, zero, class_labels=None if getattr(twin, "class_embedding", None) is None else zero)
 
 
 def place(
