@@ -23,7 +23,7 @@ from networks import PLAIN, random_unet
 from runs import ROOT, tree
 from safetensors.torch import load_file
 
-from wanda_fast import distributed, resume
+from wanda_fast import distributed, evaluation, resume, sampling
 from wanda_fast.distributed import Ranks
 from wanda_fast.errors import UserError
 from wanda_fast.memory import PeakMemory, parse_bytes
@@ -155,6 +155,31 @@ def test_two_processes_do_the_work_of_one(more: dict[str, Any], model: Path, tmp
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
     for grid in ("before_pruning.png",):
         assert (tmp_path / "one" / "vis" / grid).read_bytes() == (tmp_path / "two" / "vis" / grid).read_bytes()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA GPUs")
+def test_two_gpus_do_the_work_of_one(tmp_path: Path) -> None:
+    """Sums on the GPUs travel by NCCL. The batches of the repair differ, so the weights do in their rounding."""
+    how = ["-m", "wanda_fast", "prune", "--target_macs", "70%", "--pruner", "wanda-diff", "--device", "cuda", "--batch_size", "16",
+           "--calib_steps", "64", "--repair_images", "256", "--num_samples", "4", "--num_inference_steps", "4", "--quiet",
+           "--save_path"]  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    launch = {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]}
+    for name, launcher in launch.items():
+        words = [sys.executable, *launcher, *how, str(tmp_path / name)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=env, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (report(tmp_path / name) for name in launch)
+    assert (one["processes"], two["processes"]) == (1, 2) and two["plan"] == one["plan"]
+    for key, table in load_file(tmp_path / "one" / "activation_stats.safetensors").items():
+        other = load_file(tmp_path / "two" / "activation_stats.safetensors")[key]
+        torch.testing.assert_close(other, table, rtol=1e-5, atol=1e-6, msg=key)
+    assert two["quality"]["noise_mse"] == pytest.approx(one["quality"]["noise_mse"], rel=0.02)
+    images = []
+    for name in launch:
+        pipeline = DDPMPipeline.from_pretrained(tmp_path / name)
+        images.append(sampling.sample(pipeline.unet, pipeline.scheduler, 4, steps=4, device="cpu"))
+    assert evaluation.ssim(*images) > 0.99
 
 
 def test_a_lost_process_ends_the_run(model: Path, tmp_path: Path) -> None:

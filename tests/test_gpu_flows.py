@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DDPMPipeline
-from runs import ROOT
-from safetensors.torch import load_file
 
 import wanda_fast
 from wanda_fast.cli import main
@@ -139,26 +134,3 @@ def test_experts(tmp_path: Path) -> None:
     few = ["--num_samples", "8", "--num_inference_steps", "4", "--noise_images", "16", "--device", "cuda", "--quiet"]
     assert main(["evaluate", str(folder), "--reference", "bundled", *few, "--save_path", str(tmp_path / "evaluation")]) == 0
     assert read(tmp_path / "evaluation" / "evaluation.json")["ssim"] > 0.8
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA GPUs")
-def test_two_gpus_do_the_work_of_one(tmp_path: Path) -> None:
-    """Sums on the GPUs travel by NCCL. The batches of the repair differ, so the weights do in their rounding."""
-    how = ["-m", "wanda_fast", "prune", "--target_macs", "70%", "--device", "cuda", "--batch_size", "16", *FEW, "--save_path"]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
-    launch = {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]}
-    for name, launcher in launch.items():
-        words = [sys.executable, *launcher, *how, str(tmp_path / name)]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=env, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (read(tmp_path / name / "pruning.json") for name in launch)
-    assert (one["processes"], two["processes"]) == (1, 2) and two["plan"] == one["plan"]
-    for key, table in load_file(tmp_path / "one" / "activation_stats.safetensors").items():
-        other = load_file(tmp_path / "two" / "activation_stats.safetensors")[key]
-        torch.testing.assert_close(other, table, rtol=1e-5, atol=1e-6, msg=key)
-    assert two["quality"]["noise_mse"] == pytest.approx(one["quality"]["noise_mse"], rel=0.02)
-    images = []
-    for name in launch:
-        pipeline = DDPMPipeline.from_pretrained(tmp_path / name)
-        images.append(sample(pipeline.unet, pipeline.scheduler, 4, steps=4, device="cpu"))
-    assert ssim(*images) > 0.99
