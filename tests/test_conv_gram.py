@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import pytest
@@ -14,17 +13,6 @@ from wanda_fast import conv_gram as module
 from wanda_fast import ops, reference
 
 OP = "conv_gram"
-
-
-
-@pytest.fixture(autouse=True)
-def small_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU the Triton home leaves small convolutions to cuBLAS; here they are to go through its kernels."""
-    if importlib.util.find_spec("triton") is not None:
-        from wanda_fast.kernels import conv_gram as kernels
-
-        monkeypatch.setattr(kernels, "LEAST_WORK", 0)
-        monkeypatch.setattr(kernels, "LEAST_WORK_1X1", 0)
 
 
 # name -> (N, C, H, W, C_out, kernel, stride, padding)

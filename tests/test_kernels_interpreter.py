@@ -239,10 +239,10 @@ def test_score_aggregates_the_table(rows: int) -> None:
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last", "sliced", "transposed"])
-@pytest.mark.parametrize("pads", [(0, 0), (1, 1), (0, 2)], ids=str)
+@pytest.mark.parametrize("pad", [0, 1])
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 3e30], ids=str)
-def test_halves_of_a_packed_map(layout: str, pads: tuple[int, int], scale: float) -> None:
-    """High and low halves together hold 22 bits of each value, whatever its size; padding and weights included."""
+def test_halves_of_packed_maps(layout: str, pad: int, scale: float) -> None:
+    """High and low halves together hold 22 bits of each value, whatever its size; padding, margins and weights included."""
     x = torch.randn(3, 9, 5, 6) * scale
     if layout == "channels_last":
         x = x.to(memory_format=torch.channels_last)
@@ -251,32 +251,90 @@ def test_halves_of_a_packed_map(layout: str, pads: tuple[int, int], scale: float
     elif layout == "transposed":
         x = x.transpose(2, 3)
     x, weight = x.to(DEVICE), torch.tensor([0.5, 0.0, 2.0], device=DEVICE)
-    largest, most = gram_kernel.largest_of(x), weight.max()
-    packed = gram_kernel.pack(x, largest, *pads, weight, most)
-    c = x.shape[1]
-    got = packed[:, :c].double() + packed[:, c:].double() / 2048
-    want = torch.nn.functional.pad(x * (weight / most)[:, None, None, None], (pads[1], pads[1], pads[0], pads[0])).double()
-    want = want.permute(0, 2, 3, 1).reshape(-1, c)
-    factor = float(got.abs().max() / want.abs().max())
-    assert 2**11 < float(got.abs().max()) <= 2**13 or float(largest) == 0
-    power = 2.0 ** round(math.log2(factor))
-    torch.testing.assert_close(got / power, want, rtol=2**-21, atol=float(want.abs().max()) * 2**-30)
+    y = torch.randn(3, 20, *x.shape[2:], device=DEVICE).half()
+    c, h, w = x.shape[1:]
+    table = gram_kernel.Table(h, w, c, 20, pad)
+    largest, most = (gram_kernel.largest_of(x), gram_kernel.largest_of(y)), weight.max()
+    rows = gram_kernel.pack(x, y, table, *largest, weight, most)[: -gram_kernel.WIDE.block].view(-1, 2 * table.columns)
+    assert len(rows) == 3 * table.front + 3 * table.rows
+    values = rows.double()[:, : table.columns] + rows.double()[:, table.columns :] / 2048
+    for source, first in ((x, 0), (y, table.y)):
+        got = values[:, first : first + source.shape[1]]
+        assert not got[: table.front].any() and not got[table.front + 3 * table.rows :].any()
+        got = got[table.front : table.front + 3 * table.rows]
+        want = torch.nn.functional.pad(source.double() * (weight / most).double()[:, None, None, None], (pad, pad, pad, pad))
+        want = want.permute(0, 2, 3, 1).reshape(-1, source.shape[1])
+        assert 2**11 < float(got.abs().max()) <= 2**13
+        power = 2.0 ** round(math.log2(float(got.abs().max() / want.abs().max())))
+        torch.testing.assert_close(got / power, want, rtol=2**-21, atol=float(want.abs().max()) * 2**-30)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (100, 5, 20), (600, 3, 17), (37, 70, 66), (0, 3, 4), (5, 0, 4)], ids=str)
-def test_shifted_products(shape: tuple[int, int, int]) -> None:
-    m, c1, c2 = shape
-    a, b = torch.randn(m, c1, device=DEVICE), torch.randn(c2, m, device=DEVICE).t()
-    shifts = [0, 3, -4, m]
-    got = gram_kernel.shifted_products(a, b, shifts)
-    for s, value in zip(shifts, got, strict=True):
-        low, high = max(0, -s), min(m, m - s)
-        want = a[low:high].double().t() @ b[low + s : high + s].double() if low < high else torch.zeros(c1, c2, dtype=torch.float64)
-        torch.testing.assert_close(value.double().cpu(), want.cpu(), rtol=1e-5, atol=1e-4)
-    again = gram_kernel.shifted_products(a, b, shifts)
-    assert torch.equal(got, again)
-    with pytest.raises(ValueError, match="a, b"):
-        gram_kernel.shifted_products(a, b.double(), shifts)
+def test_row_gram(shape: tuple[int, int, int]) -> None:
+    m, k, c_out = shape
+    rows, right = torch.randn(m, k, device=DEVICE), torch.randn(c_out, m, device=DEVICE).t()
+    got = gram_kernel.row_gram(rows, right)
+    for value, want in zip(got, (rows.double().t() @ rows.double(), rows.double().t() @ right.double()), strict=True):
+        torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(got, gram_kernel.row_gram(rows, right), strict=True))
+    with pytest.raises(ValueError, match="rows, right"):
+        gram_kernel.row_gram(rows, right.double())
+
+
+SMALL_TILES = {"WIDE": gram_kernel.Config(32, 32, 4, 3), "NARROW": gram_kernel.Config(16, 32, 4, 3)}
+TILE_BYTES = 4 * 32 * 32
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize(
+    "constants",
+    [
+        {},
+        {"PARTIAL_BYTES": 1},  # a launch per pair of blocks
+        {"PARTIAL_BYTES": 60 * TILE_BYTES, "CHUNK_BYTES": 1},  # several pairs, sample by sample
+        {"SUB": 32, "PROGRAMS": 400, "CHUNK_BYTES": 30_000},  # many stretches, and a last chunk that is shorter
+    ],
+    ids=["chosen", "pairs", "samples", "stretches"],
+)
+@pytest.mark.parametrize("shape", [(5, 40, 6, 5, 50, 3), (7, 50, 4, 5, 40, 1), (5, 10, 8, 8, 20, 3)], ids=str)
+def test_launches_of_conv_gram(
+    shape: tuple[int, ...], constants: dict[str, Any], weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sums do not depend on how they are spread over launches, programs and chunks of samples."""
+    for name, value in (SMALL_TILES | constants).items():
+        monkeypatch.setattr(gram_kernel, name, value)
+    gram_kernel.plan.cache_clear()
+    n, c, h, w, c_out, kernel = shape
+    x, y = torch.randn(n, c, h, w, device=DEVICE) + 0.5, torch.randn(n, c_out, h, w, device=DEVICE)
+    weight = torch.rand(n, device=DEVICE) if weighted else None
+    geometry = (kernel, kernel), (1, 1), (kernel // 2, kernel // 2)
+    try:
+        got = gram_kernel.conv_gram(x, y, *geometry, weight)
+    finally:
+        gram_kernel.plan.cache_clear()
+    exact = reference.conv_gram(x.double(), y.double(), *geometry, None if weight is None else weight.double())
+    for value, want in zip(got, exact, strict=True):
+        torch.testing.assert_close(value.double(), want, rtol=2e-5, atol=3e-6 * float(want.abs().max()))
+
+
+def test_groups_of_conv_gram_cover_every_tile_once() -> None:
+    """[1280, 32, 32] to 1280: the partial sums of a launch stay within their bound, and all launches together make up the results."""
+    table = gram_kernel.Table(32, 32, 1280, 1280, 1)
+    known = gram_kernel.products(table, 9)
+    groups = gram_kernel.plan(table, 9, 4, torch.device("cpu"))
+    assert len(groups) > 1 and all(4 * 128**2 * g.partials <= gram_kernel.PARTIAL_BYTES for g in groups)
+    tiles = [tuple(t) for g in groups for t in g.tiles.tolist()]
+    cross = [tuple(t) for g in groups for t in g.cross.tolist()]
+    everything = [(r, q) for r in range(10) for q in range(10)]
+    assert sorted(tiles) == sorted(cross) == everything
+    for group in groups:
+        slots = group.slots.flatten()
+        used = sorted(slots[slots >= 0].tolist())
+        assert used == sorted(set(used)) and sorted(i[2] for i in group.items.tolist()) == list(range(group.partials))
+        for d, product in enumerate(known):
+            wanted = group.cross if product.cross else group.tiles
+            for r, q in wanted.tolist():
+                assert group.slots[d, r, q] >= 0 or (product.symmetric and r > q and group.slots[d, q, r] >= 0)
 
 
 def test_direct_calls_name_the_wrong_argument() -> None:

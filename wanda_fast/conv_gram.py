@@ -87,11 +87,11 @@ def row_gram(x: Tensor, y: Tensor, blocks: int = 4) -> tuple[Tensor, Tensor]:
 
 
 # Offset differences (dy, dx) between two taps of a 3 x 3 kernel, one of each pair ±(dy, dx).
-_OFFSETS = [(0, 0), (0, 1), (0, 2)] + [(dy, dx) for dy in (1, 2) for dx in (-2, -1, 0, 1, 2)]
-_TAPS = [(ty, tx) for ty in (-1, 0, 1) for tx in (-1, 0, 1)]
+OFFSETS = [(0, 0), (0, 1), (0, 2)] + [(dy, dx) for dy in (1, 2) for dx in (-2, -1, 0, 1, 2)]
+TAPS = [(ty, tx) for ty in (-1, 0, 1) for tx in (-1, 0, 1)]
 _CHUNK_BYTES = 48 << 20  # of the copies that are made of a few samples at a time
 
-Products = Callable[[Tensor, Tensor, "list[int]"], Tensor]
+Gram = Callable[[Tensor, Tensor], "tuple[Tensor, Tensor]"]
 Sums = Callable[[Tensor, Tensor, "Tensor | None"], "tuple[Tensor, Tensor, Tensor, Tensor]"]
 
 
@@ -101,9 +101,7 @@ def shifted_products(a: Tensor, b: Tensor, shifts: list[int]) -> Tensor:
     return torch.stack([a[max(-s, 0) : m - max(s, 0)].t() @ b[max(s, 0) : m + min(s, 0)] for s in shifts])
 
 
-def conv_gram_shift(
-    x: Tensor, y: Tensor, weight: Tensor | None = None, products: Products = shifted_products
-) -> tuple[Tensor, Tensor]:
+def conv_gram_shift(x: Tensor, y: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """XᵀX and XᵀY for a 3 x 3 convolution of stride 1 and padding 1, from 13 products of [C, C] instead of 45.
 
     An entry of XᵀX for taps d1, d2 is Σ_q x[q] x[q + d2 - d1] over the window that d1 sees. x is zero outside its map, so
@@ -115,7 +113,6 @@ def conv_gram_shift(
         x: [N, C, H, W], float32 or float64.
         y: [N, C_out, H, W], the same dtype.
         weight: [N] weight of each sample's rows, or None.
-        products: what multiplies, `shifted_products` or a faster equal.
 
     Returns:
         XᵀX [9C + 1, 9C + 1] with an unwritten last row and column, and XᵀY [9C + 1, C_out + 1] with an unwritten last row and
@@ -126,7 +123,7 @@ def conv_gram_shift(
     step = max(1, _CHUNK_BYTES // per_sample)
     total: list[Tensor] = []
     for i in range(0, max(n, 1), step):
-        part = _shift_sums(x[i : i + step], y[i : i + step], None if weight is None else weight[i : i + step], products)
+        part = _shift_sums(x[i : i + step], y[i : i + step], None if weight is None else weight[i : i + step])
         total = [t + p for t, p in zip(total, part, strict=True)] if total else part
     return _assemble(*total)
 
@@ -135,11 +132,11 @@ def shift_sums(x: Tensor, y: Tensor, weight: Tensor | None = None) -> tuple[Tens
     """What `_shift_sums` gives, for any number of samples and in float32: the definition of the operation that C++ has for CPUs."""
     dtype = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
     weight = None if weight is None else weight.to(dtype)
-    full, lines, corners, cross = _shift_sums(x.to(dtype), y.to(dtype), weight, shifted_products)
+    full, lines, corners, cross = _shift_sums(x.to(dtype), y.to(dtype), weight)
     return full.float(), lines.float(), corners.float(), cross.float()
 
 
-def _shift_sums(x: Tensor, y: Tensor, weight: Tensor | None, products: Products) -> list[Tensor]:
+def _shift_sums(x: Tensor, y: Tensor, weight: Tensor | None) -> list[Tensor]:
     """Sums over a few samples: [13, C, C] over the map, [12, C, C] over border lines, [4, C, C] over corners, [9, C, C_out + 1]."""
     n, c, h, w = x.shape
     width = w + 2
@@ -151,9 +148,9 @@ def _shift_sums(x: Tensor, y: Tensor, weight: Tensor | None, products: Products)
         right = z * weight[:, None, None, None]
         v = v * weight[:, None, None, None]
     flat = z.view(-1, c)
-    full = products(flat, right.view(-1, c), [dy * width + dx for dy, dx in _OFFSETS])
+    full = shifted_products(flat, right.view(-1, c), [dy * width + dx for dy, dx in OFFSETS])
     # Σ_p x[p + tap] y[p]: the rows of y lie `tap` before those of x
-    cross = products(flat, v.view(-1, v.shape[-1]), [-(ty * width + tx) for ty, tx in _TAPS])
+    cross = shifted_products(flat, v.view(-1, v.shape[-1]), [-(ty * width + tx) for ty, tx in TAPS])
     lines = []
     # A tap of -1 never sees the last line, one of +1 never the first. Last row, first row, last column, first column.
     for a, b in (
@@ -172,7 +169,7 @@ def _shift_sums(x: Tensor, y: Tensor, weight: Tensor | None, products: Products)
 def _assemble(full: Tensor, lines: Tensor, corners: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
     c = full.shape[1]
     table = {}
-    for (dy, dx), block in zip(_OFFSETS, full, strict=True):
+    for (dy, dx), block in zip(OFFSETS, full, strict=True):
         table[dy, dx], table[-dy, -dx] = block, block.t()
 
     def line(first: int, tap: int, shift: int) -> Tensor:
@@ -180,8 +177,8 @@ def _assemble(full: Tensor, lines: Tensor, corners: Tensor, cross: Tensor) -> tu
         return block if shift >= 0 else block.t()
 
     xtx = full.new_empty(9 * c + 1, 9 * c + 1)
-    for i, (ay, ax) in enumerate(_TAPS):
-        for j, (by, bx) in enumerate(_TAPS[i:], start=i):
+    for i, (ay, ax) in enumerate(TAPS):
+        for j, (by, bx) in enumerate(TAPS[i:], start=i):
             block = table[by - ay, bx - ax]
             if ay == by and ay:
                 block = block - line(0, ay, bx - ax)
@@ -204,20 +201,19 @@ def conv_gram_rows(
     stride: tuple[int, int],
     padding: tuple[int, int],
     weight: Tensor | None = None,
-    products: Products = shifted_products,
+    gram: Gram = row_gram,
 ) -> tuple[Tensor, Tensor]:
     """The same sums for any convolution: patches of a few samples at a time, then one product."""
     k = x.shape[1] * kernel_size[0] * kernel_size[1]
     step = max(1, _CHUNK_BYTES // ((k + y.shape[1] + 1) * y.shape[2] * y.shape[3] * x.element_size() or 1))
     xtx, xty = x.new_zeros(k + 1, k + 1), x.new_zeros(k + 1, y.shape[1])
-    plain = products is shifted_products
     for i in range(0, len(x), step):
         rows = F.pad(patch_rows(x[i : i + step], kernel_size, stride, padding, None), (0, 1), value=1.0)
         right = map_rows(y[i : i + step], None)
         if weight is not None:
             root = weight[i : i + step].sqrt().repeat_interleave(len(rows) // len(x[i : i + step]))[:, None]
             rows, right = rows * root, right * root
-        part = row_gram(rows, right) if plain else (products(rows, rows, [0])[0], products(rows, right, [0])[0])
+        part = gram(rows, right)
         xtx += part[0]
         xty += part[1]
     return xtx, xty
@@ -230,12 +226,13 @@ def conv_gram(
     stride: tuple[int, int],
     padding: tuple[int, int],
     weight: Tensor | None = None,
-    products: Products = shifted_products,
+    gram: Gram = row_gram,
     sums: Sums | None = None,
 ) -> tuple[Tensor, Tensor]:
     """XᵀX [K+1, K+1] and XᵀY [K+1, C_out] by the cheapest way for this convolution; see `wanda_fast.ops.conv_gram`.
 
     Args:
+        gram: what multiplies rows of patches, `row_gram` or a faster equal.
         sums: takes x and y as they are and gives what `shift_sums` gives; None for products of matrices.
     """
     shiftable = (*kernel_size, *stride, *padding) == (3, 3, 1, 1, 1, 1) and x.numel() > 0 and y.numel() > 0
@@ -247,8 +244,8 @@ def conv_gram(
     y = y.to(x.dtype)
     weight = None if weight is None else weight.to(x.dtype)
     if shiftable:
-        return _with_ones(*conv_gram_shift(x, y, weight, products), x, y, weight)
-    return conv_gram_rows(x, y, kernel_size, stride, padding, weight, products)
+        return _with_ones(*conv_gram_shift(x, y, weight), x, y, weight)
+    return conv_gram_rows(x, y, kernel_size, stride, padding, weight, gram)
 
 
 def _with_ones(xtx: Tensor, xty: Tensor, x: Tensor, y: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
