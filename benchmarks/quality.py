@@ -96,6 +96,22 @@ def configurations() -> list[Config]:
     return found
 
 
+def of_checkpoint(folder: Path, repair: str) -> Config:
+    """What the row of a folder is, by its report: the budget as asked for in MACs, else the MACs reached; split "latency" where widths come
+    from measured times."""
+    report = json.loads((folder / "pruning.json").read_text(encoding="utf-8"))
+    settings = report["settings"]
+    asked = str(settings["target_macs"] or "")
+    return Config(
+        pruner=settings["pruner"],
+        repair=repair,
+        layout=settings["layout"],
+        split="latency" if settings["target_latency"] else settings["split"],
+        budget=asked if asked.endswith("%") else f"{100 * report['pruned']['macs'] / report['dense']['macs']:.1f}%",
+        seed=report["seed"],
+    )
+
+
 def recipe(repair: str) -> tuple[str, str, str]:
     """("lstsq", "experts", "3") of "lstsq, experts 3"; what is missing is empty."""
     method, _, more = repair.partition(", ")
@@ -619,7 +635,7 @@ def run(args: argparse.Namespace) -> int:
         results: dict[str, Any] = {"env": environment(device, args.seed), "protocol": protocol, "rows": rows}
         there = {key(row) for row in rows}
         longest = 0.0
-        rows_to_do = chosen(args) if args.checkpoint is None else [Config(OURS, repair=args.named)]
+        rows_to_do = chosen(args) if args.checkpoint is None else [of_checkpoint(Path(args.checkpoint), args.named)]
         for config in rows_to_do:
             if key({"model": bench.model, **asdict(config)}) in there:
                 continue
@@ -845,7 +861,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--budget_seconds", type=float, help="start no row that would end after this time")
     p.add_argument("--compile", action="store_true", help="sample the networks of the main budget, most of the rows, under torch.compile")
     p.add_argument("--checkpoint", metavar="FOLDER",
-        help="measure this pruned checkpoint instead of the rows, as one more of the default criterion")  # fmt: skip
+        help="measure this pruned checkpoint instead of the rows")  # fmt: skip
     p.add_argument("--named", default="lstsq, finetuned", metavar="WORDS", help="the repair of --checkpoint (default: lstsq, finetuned)")
     p.add_argument("--shared", action="store_true",
         help="other processes use the device too: leave out all times (--speed adds them)")  # fmt: skip

@@ -26,7 +26,7 @@ def _label(row: Row) -> str:
     extras = [] if method == "lstsq" else [f"repair {method}"]
     extras += [f"{value} experts" if word == "experts" else f"{word} {value}".strip()] if word else []
     extras += [row["layout"]] if row["layout"] != "stock" else []
-    extras += ["uniform split"] if row["split"] == "uniform" else []
+    extras += [{"uniform": "uniform split", "latency": "widths by time"}[row["split"]]] if row["split"] in ("uniform", "latency") else []
     return ", ".join([row["pruner"], *extras])
 
 
@@ -53,10 +53,12 @@ def _mean(rows: Sequence[Row], name: str) -> float:
 
 
 def _in_readme(groups: Sequence[list[Row]]) -> dict[int, str]:
-    """The groups of a model that README shows, and what to call them: the dense network, the default recipe in both layouts and without repair,
-    the best rival at the main budget, and chance. `FULL` holds the rest.
+    """The groups of a model that README shows, and what to call them: the dense network, wanda-diff in both layouts and without repair, the
+    default of the stock layout, the best rival at the main budget, and chance. `FULL` holds the rest.
     """
-    main = [i for i, g in enumerate(groups) if g[0]["budget"] == MAIN_BUDGET and g[0]["split"] != "uniform"]
+    from wanda_fast.pruning import PruneOptions
+
+    main = [i for i, g in enumerate(groups) if g[0]["budget"] == MAIN_BUDGET and g[0]["split"] not in ("uniform", "latency")]
     rivals = [i for i in main if groups[i][0]["pruner"] != OURS and groups[i][0]["repair"] == "lstsq"]
     best = max(rivals, key=lambda i: _mean(groups[i], "ssim"), default=None)
     measured = len({groups[i][0]["pruner"] for i in rivals})
@@ -66,8 +68,10 @@ def _in_readme(groups: Sequence[list[Row]]) -> dict[int, str]:
         row = group[0]
         ours = i in main and row["pruner"] == OURS and WEIGHTED not in row["repair"]
         chance = i in main and (row["pruner"], row["repair"], row["layout"]) == ("random", "lstsq", "stock")
-        if row["pruner"] == "dense" or ours or chance or i == best:
-            found[i] = _label(row) + (f" ({which})" if i == best else "")
+        usual = i in rivals and (row["pruner"], row["layout"]) == (PruneOptions().usual_pruner, "stock")
+        if row["pruner"] == "dense" or ours or chance or usual or i == best:
+            remarks = ["the default of the stock layout"] * usual + [which] * (i == best)
+            found[i] = _label(row) + (f" ({'; '.join(remarks)})" if remarks else "")
     return found
 
 

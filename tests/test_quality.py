@@ -187,10 +187,24 @@ def test_a_checkpoint_is_measured_as_it_is(place: Path, first: list[dict[str, An
     assert run(place, "--checkpoint", str(folder), "--named", "lstsq + 5 steps", out="checkpoint.json") == 0
     (row,) = rows(place, "checkpoint.json")
     assert row["repair"] == "lstsq + 5 steps" and row["prune_seconds"] is None
+    assert all(row[name] == first[1][name] for name in ("pruner", "layout", "split", "budget", "seed"))
     assert all(row[name] == first[1][name] for name in ("ssim", "fd", "macs", "plan"))
     quality.merge([place / "quality.json", place / "checkpoint.json"], place / "merged.json")
     assert len(rows(place, "merged.json")) == 3
     assert "repair lstsq + 5 steps" in quality_report.markdown(json.loads((place / "merged.json").read_text()))
+
+
+def test_what_a_checkpoint_is_called(tmp_path: Path) -> None:
+    def named(**settings: Any) -> quality.Config:
+        settings = {"pruner": "taylor", "layout": "free", "split": "sensitivity", "target_macs": None, "target_latency": None, **settings}
+        report = {"settings": settings, "dense": {"macs": 2000}, "pruned": {"macs": 875}, "seed": 3}
+        (tmp_path / "pruning.json").write_text(json.dumps(report), encoding="utf-8")
+        return quality.of_checkpoint(tmp_path, "lstsq, experts 3")
+
+    by_time = named(target_latency="0.66x")
+    assert by_time == quality.Config("taylor", "lstsq, experts 3", "free", "latency", "43.8%", 3)
+    assert quality_report._label(asdict(by_time)) == "taylor, 3 experts, free, widths by time"
+    assert named(target_macs="44%").budget == "44%" and named(target_macs="3.4G", split="uniform").budget == "43.8%"
 
 
 def test_order_of_rows() -> None:

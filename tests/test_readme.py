@@ -333,6 +333,49 @@ def test_experts_and_the_default_criterion_in_words_are_those_of_the_results():
     assert best < former and f"distance {best:.1f} against {former:.1f} for `wanda-diff`, three seeds" in guide
 
 
+def test_rivals_in_words_are_those_of_the_results():
+    """Three seeds of every criterion, stock layout, as the notes quote them."""
+    found: dict[str, list[dict]] = {}
+    for row in results("quality.json")["rows"]:
+        if (row["repair"], row["layout"], row["split"], row["budget"]) == ("lstsq", "stock", "sensitivity", "56.3%"):
+            found.setdefault(row["pruner"], []).append(row)
+    assert set(found) == set(importance.CRITERIA)
+    (line,) = re.findall(r"^\| wanda-diff best of all criteria.*$", notes().replace("**", ""), re.MULTILINE)
+    for pruner, rows in found.items():
+        assert sorted(row["seed"] for row in rows) == [0, 1, 2]
+        distances = [row["fd"] for row in rows]
+        said = re.search(rf"{pruner} (?:FD )?(\d+\.\d ± \d\.\d), (?:SSIM )?(0\.\d{{3}})", line)
+        assert said and said.groups() == (f"{mean(distances):.1f} ± {stdev(distances):.1f}", f"{mean(row['ssim'] for row in rows):.3f}"), pruner
+
+
+def test_conv_gram_in_words_is_that_of_the_results():
+    cases: dict[tuple, dict] = {}
+    for row in results("h200-conv_gram.json")["rows"]:
+        cases.setdefault((*row["shape"], row["dtype"]), {})[row["backend"]] = row
+    for (n, c, h, w, c_out, k, dtype), by in cases.items():
+        ours = by["triton"]
+        extra = ours["peak_mib"] - ours["result_mib"]
+        times = " | ".join(f"{by[b]['ms']:.2f}" for b in ("published", "cuda", "triton"))
+        case = f"[{n}, {c}, {h}, {w}] -> {c_out}, {k}x{k}" + ("" if dtype == "fp32" else f", {dtype}")
+        end = f"{ours['speedup_vs_published']:.1f} | {extra:.0f} | {ours['rel_error'] * 1e6:.1f}e-6 |"
+        assert f"| {case} | {times} | {end}" in notes()
+        assert extra <= 64 and (ours["speedup_vs_published"] >= 5 or k == 1)
+
+
+def test_a_measured_time_in_words_is_that_of_the_report():
+    report = results("h200-target_latency-experts.json")
+    share, asked = report["latency"]["measured"], report["asked"]["target_latency"]
+    (row,) = (row for row in results("quality.json")["rows"] if row["split"] == "latency")
+    assert row["macs"] == report["reached"]["macs"] and share <= asked
+    guide, readme = " ".join(GUIDE.split()), " ".join(README.split())
+    assert f"Measured: {share:.3f}x for {asked}x asked, so {1 / share:.2f} times the images per second" in guide
+    assert f"leaves SSIM at {row['ssim']:.3f}" in guide
+    assert f"of {1 / share:.2f} times the images per second" in readme and f"with SSIM {row['ssim']:.3f}" in readme
+    rounds = ", ".join(f"{r['measured']:.3f}" for r in report["latency"]["rounds"][:-1])
+    assert f"{rounds} and **{share:.3f}x, {1 / share:.2f} times as fast**" in notes()
+    assert f"SSIM {row['ssim']:.3f}, PSNR {row['psnr']:.1f} dB, FD {row['fd']:.1f}" in notes()
+
+
 def test_budgets_of_the_large_network_are_those_of_the_results():
     """SSIM of `quality-large-cpu.json` as the guide and both notes quote it."""
     found = {(r["budget"], r["layout"]): r for r in results("quality-large-cpu.json")["rows"] if r["pruner"] == "wanda-diff"}
