@@ -423,6 +423,7 @@ def sensitive_widths(
     *,
     floor: float | Sequence[float] = 0.25,
     evenness: float = 1.0,
+    groups: int = 1,
 ) -> dict[str, int]:
     """Widths of least summed damage under the target.
 
@@ -439,28 +440,41 @@ def sensitive_widths(
             is estimated for one unit at a time and says too little where almost nothing is left. Of several, ascending, the largest whose
             summed damage is at most `evenness` times that of the first one.
         evenness: what a larger floor may cost, at least 1.
+        groups: widths (of the time embedding apart) are multiples of it where the target and the floors can be met so. A stock configuration
+            has one number of norm groups, and a level whose width it does not divide changes it for all norms, those of levels that keep
+            everything included, which no repair takes back.
 
     Raises:
         UserError: no legal assignment meets the budget.
     """
     whole = {u: sum(options[-1].values()) for u, options in problem.options.items()}
+    kinds = {name: slot.kind for name, slot in problem.slots.slots.items()}
 
-    def above(least: float) -> dict[str, int] | None:
+    def divides(step: int, option: Mapping[str, int]) -> bool:
+        return all(count % step == 0 or kinds[name].startswith("time") for name, count in option.items())
+
+    def above(least: float, step: int) -> dict[str, int] | None:
         allowed = {
-            u: [i for i, option in enumerate(options) if sum(option.values()) >= least * whole[u]]
+            u: [i for i, option in enumerate(options) if sum(option.values()) >= least * whole[u] and divides(step, option)]
             for u, options in problem.options.items()
         }
+        if not all(allowed.values()):
+            return None
         careful = replace(problem, options={u: [problem.options[u][i] for i in allowed[u]] for u in allowed})
         return _least_damage(careful, target, {u: [damage[u][i] for i in allowed[u]] for u in allowed})
 
     floors = [floor] if isinstance(floor, (int, float)) else list(floor)
-    found = above(floors[0])
+    step = groups
+    found = above(floors[0], step)
+    if found is None and groups > 1:
+        step = 1
+        found = above(floors[0], step)
     if found is not None and len(floors) > 1:
         limit = evenness * _summed(problem, damage, found)
         low, high = 0, len(floors)  # the damage rises with the floor
         while high - low > 1:
             middle = (low + high) // 2
-            narrower = above(floors[middle])
+            narrower = above(floors[middle], step)
             if narrower is not None and _summed(problem, damage, narrower) <= limit:
                 low, found = middle, narrower
             else:

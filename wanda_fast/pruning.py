@@ -856,6 +856,12 @@ class _Run:
             return stock_problem(slots, costs, self.unet.config, o.norm_policy, o.align, o.min_width)
         return free_problem(slots, costs, o.norm_policy, o.align, o.min_width)
 
+    @property
+    def _shared_groups(self) -> int:
+        """The number of norm groups that widths should be multiples of: a stock configuration has one for all norms."""
+        shared = self.options.layout == "stock" and self.options.norm_policy == "free"
+        return int(self.unet.config.get("norm_num_groups") or 1) if shared else 1
+
     def _choose_plan(self) -> None:
         o = self.options
         shortcuts: list[str] = []
@@ -879,7 +885,7 @@ class _Run:
         def choose(problem: WidthProblem, target: Target) -> tuple[SlotMap, Any, PruningPlan]:
             if damage is None:
                 return planned(uniform_widths(problem, target))
-            return planned(sensitive_widths(problem, target, damage, floor=FLOORS[o.layout], evenness=EVENNESS))
+            return planned(sensitive_widths(problem, target, damage, floor=FLOORS[o.layout], evenness=EVENNESS, groups=self._shared_groups))
 
         def planned(widths: dict[str, int]) -> tuple[SlotMap, Any, PruningPlan]:
             needed, final, final_costs = shortcuts, slots, costs
@@ -924,7 +930,7 @@ class _Run:
         def widths_for(least: float | None, emphasis: Mapping[int, float]) -> dict[str, int]:
             table = trials.emphasised(problem, damage, emphasis)
             floor = FLOORS[o.layout] if least is None else least
-            return sensitive_widths(problem, self.target, table, floor=floor, evenness=EVENNESS)
+            return sensitive_widths(problem, self.target, table, floor=floor, evenness=EVENNESS, groups=self._shared_groups)
 
         widths, tried = trials.search(widths_for, measure, range(problem.slots.levels), o.trials)
         self.trials_report = [t.to_dict() for t in tried]
