@@ -10,10 +10,11 @@ Networks. Speed asks nothing of the weights, so they are random (seeded); the wi
 norm policy "free", stock layout and alignment 16 where nothing else is said:
 
 - the architecture of google/ddpm-cifar10-32: (128, 112, 176, 80) at half of the MACs and (128, 160, 96, 64) at 56 % of them, both chosen on a
-  trained network with 64 images (random weights lead to the first as well); at batch 256 also what `--align 64` takes at half of the MACs, and
+  trained network with 64 images (random weights lead to the first as well), before the split kept widths multiples of the number of norm
+  groups, which the second are anyway; at batch 256 also what `--align 64` takes at half of the MACs, and
   networks of the free layout, whose widths are in free_widths.json;
 - the 256-pixel architecture (google/ddpm-celebahq-256, ddpm-church-256, ddpm-bedroom-256): (112, 80, 64, 96, 128, 144) at half of the
-  MACs, chosen as `--plan` does on random weights, with four images and the study's second moments summed in float64. A
+  MACs, chosen as `--plan` did then on random weights, with four images and the study's second moments summed in float64. A
   trained network will want others.
 
 Processes. Compiling takes a minute or two per network and batch, and tracing cannot be read from a cache. So each (network, batch) has a

@@ -16,6 +16,8 @@ from benchmarks.quality import MAIN_BUDGET, OURS, RESULTS, ROOT, WEIGHTED, Row, 
 CPU_RESULTS = RESULTS.with_name("quality-cpu.json")
 LARGE_CPU_RESULTS = RESULTS.with_name("quality-large-cpu.json")  # budgets of the large network, of few images; in `FULL` alone
 FULL = ROOT / "benchmarks" / "results" / "quality.md"
+# What rows of another split than the default are called. "former": widths of a rule that the default had before (benchmarks/results/notes.md).
+SPLITS = {"uniform": "uniform split", "latency": "widths by time", "former": "former widths"}
 BEGIN, END = "<!-- quality table: begin -->", "<!-- quality table: end -->"
 
 
@@ -26,7 +28,7 @@ def _label(row: Row) -> str:
     extras = [] if method == "lstsq" else [f"repair {method}"]
     extras += [f"{value} experts" if word == "experts" else f"{word} {value}".strip()] if word else []
     extras += [row["layout"]] if row["layout"] != "stock" else []
-    extras += [{"uniform": "uniform split", "latency": "widths by time"}[row["split"]]] if row["split"] in ("uniform", "latency") else []
+    extras += [SPLITS[row["split"]]] if row["split"] in SPLITS else []
     return ", ".join([row["pruner"], *extras])
 
 
@@ -58,7 +60,7 @@ def _in_readme(groups: Sequence[list[Row]]) -> dict[int, str]:
     """
     from wanda_fast.pruning import PruneOptions
 
-    main = [i for i, g in enumerate(groups) if g[0]["budget"] == MAIN_BUDGET and g[0]["split"] not in ("uniform", "latency")]
+    main = [i for i, g in enumerate(groups) if g[0]["budget"] == MAIN_BUDGET and g[0]["split"] not in SPLITS]
     rivals = [i for i in main if groups[i][0]["pruner"] != OURS and groups[i][0]["repair"] == "lstsq"]
     best = max(rivals, key=lambda i: _mean(groups[i], "ssim"), default=None)
     measured = len({groups[i][0]["pruner"] for i in rivals})

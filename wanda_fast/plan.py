@@ -440,9 +440,9 @@ def sensitive_widths(
             is estimated for one unit at a time and says too little where almost nothing is left. Of several, ascending, the largest whose
             summed damage is at most `evenness` times that of the first one.
         evenness: what a larger floor may cost, at least 1.
-        groups: widths (of the time embedding apart) are multiples of it where the target and the floors can be met so. A stock configuration
-            has one number of norm groups, and a level whose width it does not divide changes it for all norms, those of levels that keep
-            everything included, which no repair takes back.
+        groups: widths (of the time embedding apart) are multiples of it where the target and the floors can be met so with a unit that keeps
+            everything. A stock configuration has one number of norm groups, and a level whose width it does not divide changes it for all
+            norms, those of levels that keep everything included, which no repair takes back.
 
     Raises:
         UserError: no legal assignment meets the budget.
@@ -450,8 +450,15 @@ def sensitive_widths(
     whole = {u: sum(options[-1].values()) for u, options in problem.options.items()}
     kinds = {name: slot.kind for name, slot in problem.slots.slots.items()}
 
+    def divided(option: Mapping[str, int]) -> bool:
+        """Whether norms divide its channels into groups."""
+        return not any(kinds[name].startswith("time") for name in option)
+
     def divides(step: int, option: Mapping[str, int]) -> bool:
-        return all(count % step == 0 or kinds[name].startswith("time") for name, count in option.items())
+        return not divided(option) or all(count % step == 0 for count in option.values())
+
+    def some_whole(widths: Mapping[str, int]) -> bool:
+        return any(divided(o[-1]) and all(widths[name] == count for name, count in o[-1].items()) for o in problem.options.values())
 
     def above(least: float, step: int) -> dict[str, int] | None:
         allowed = {
@@ -466,7 +473,7 @@ def sensitive_widths(
     floors = [floor] if isinstance(floor, (int, float)) else list(floor)
     step = groups
     found = above(floors[0], step)
-    if found is None and groups > 1:
+    if groups > 1 and not (found and some_whole(found)):
         step = 1
         found = above(floors[0], step)
     if found is not None and len(floors) > 1:
