@@ -186,7 +186,11 @@ def test_offsets_beyond_2_to_the_31(dim: str, tmp_path: Path) -> None:
 def test_packed_offsets_beyond_2_to_the_31(dim: str, tmp_path: Path) -> None:
     x, values = far_apart(dim, tmp_path)
     largest = gram_kernel.largest_of(values)
-    assert torch.equal(gram_kernel.pack(x, largest, 1, 1), gram_kernel.pack(values, largest, 1, 1))
+    table = gram_kernel.Table(3, 3, 2, 2, 1)
+    size = (2 * table.rows + 3 * table.front) * 2 * table.columns  # what lies after that is not written
+    for pair in ((x, values), (values, x)):
+        packed, near = (gram_kernel.pack(*maps, table, largest, largest)[:size] for maps in (pair, (values, values)))
+        assert packed.any() and torch.equal(packed, near)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="needs CPU memory that is mapped but not allocated")
