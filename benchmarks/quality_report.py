@@ -16,7 +16,7 @@ from benchmarks.quality import MAIN_BUDGET, OURS, RESULTS, ROOT, WEIGHTED, Row, 
 CPU_RESULTS = RESULTS.with_name("quality-cpu.json")
 LARGE_CPU_RESULTS = RESULTS.with_name("quality-large-cpu.json")  # budgets of the large network, of few images; in `FULL` alone
 FULL = ROOT / "benchmarks" / "results" / "quality.md"
-# What rows of another split than the default are called. "former": widths of a rule that the default had before (benchmarks/results/notes.md).
+# What rows of another split than the default are called. "former": widths by an earlier rule ("The number of norm groups", recipe-h200.md).
 SPLITS = {"uniform": "uniform split", "latency": "widths by time", "former": "former widths"}
 BEGIN, END = "<!-- quality table: begin -->", "<!-- quality table: end -->"
 
