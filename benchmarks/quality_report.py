@@ -65,12 +65,13 @@ def _in_readme(groups: Sequence[list[Row]]) -> dict[int, str]:
     best = max(rivals, key=lambda i: _mean(groups[i], "ssim"), default=None)
     measured = len({groups[i][0]["pruner"] for i in rivals})
     which = f"the best of {measured} rivals" if measured > 1 else "the only rival measured"
+    default = (PruneOptions().usual_pruner, "stock")
     found = {}
     for i, group in enumerate(groups):
         row = group[0]
         ours = i in main and row["pruner"] == OURS and WEIGHTED not in row["repair"]
         chance = i in main and (row["pruner"], row["repair"], row["layout"]) == ("random", "lstsq", "stock")
-        usual = i in rivals and (row["pruner"], row["layout"]) == (PruneOptions().usual_pruner, "stock")
+        usual = i in rivals and (row["pruner"], row["layout"]) == default
         if row["pruner"] == "dense" or ours or chance or usual or i == best:
             remarks = ["the default of the stock layout"] * usual + [which] * (i == best)
             found[i] = _label(row) + (f" ({'; '.join(remarks)})" if remarks else "")

@@ -167,7 +167,7 @@ def _products_kernel(
 ):
     """One item: partial[slot] = Σ_m left[m, columns]ᵀ right[m + shift, columns], added to what is there if ADD.
 
-    Its rows m are numbered through: number r is row START + (r % UNIT) · STEP of sample r // UNIT.
+    Its rows m are numbered through: number r is row base + (r % unit) · stride of sample r // unit.
     Columns and rows are read past what is needed, and past the map, rather than masked: what they give is never read, or is multiplied by 0.
     """
     item = items_ptr + tl.program_id(0).to(tl.int64) * ITEM
@@ -566,8 +566,8 @@ def _group(
     parts = [
         torch.tensor(items, dtype=torch.int32),
         slots,
-        torch.tensor([(r, q) for r, q in _pairs(units, cross=False)], dtype=torch.int32).view(-1, 2),
-        torch.tensor([(r, q) for r, q in _pairs(units, cross=True)], dtype=torch.int32).view(-1, 2),
+        torch.tensor(_pairs(units, cross=False), dtype=torch.int32).view(-1, 2),
+        torch.tensor(_pairs(units, cross=True), dtype=torch.int32).view(-1, 2),
     ]
     sent = [part.to(device) for part in parts]
     return Group(*sent, columns=columns, partials=place, stretches=stretches)

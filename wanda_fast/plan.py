@@ -458,7 +458,7 @@ def sensitive_widths(
         return not divided(option) or all(count % step == 0 for count in option.values())
 
     def some_whole(widths: Mapping[str, int]) -> bool:
-        return any(divided(o[-1]) and all(widths[name] == count for name, count in o[-1].items()) for o in problem.options.values())
+        return any(divided(o[-1]) and o[-1].items() <= widths.items() for o in problem.options.values())
 
     def above(least: float, step: int) -> dict[str, int] | None:
         allowed = {

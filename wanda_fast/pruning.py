@@ -856,11 +856,16 @@ class _Run:
             return stock_problem(slots, costs, self.unet.config, o.norm_policy, o.align, o.min_width)
         return free_problem(slots, costs, o.norm_policy, o.align, o.min_width)
 
-    @property
-    def _shared_groups(self) -> int:
-        """The number of norm groups that widths should be multiples of: a stock configuration has one for all norms."""
-        shared = self.options.layout == "stock" and self.options.norm_policy == "free"
-        return int(self.unet.config.get("norm_num_groups") or 1) if shared else 1
+    def _sensitive_widths(
+        self, problem: WidthProblem, target: Target, damage: Mapping[str, list[float]], least: float | None = None
+    ) -> dict[str, int]:
+        """Widths of least damage by the rules of the layout; `least` is another least share of a width than theirs."""
+        o = self.options
+        floor = FLOORS[o.layout] if least is None else least
+        # A stock configuration has one number of norm groups for all norms.
+        shared = o.layout == "stock" and o.norm_policy == "free"
+        groups = int(self.unet.config.get("norm_num_groups") or 1) if shared else 1
+        return sensitive_widths(problem, target, damage, floor=floor, evenness=EVENNESS, groups=groups)
 
     def _choose_plan(self) -> None:
         o = self.options
@@ -885,7 +890,7 @@ class _Run:
         def choose(problem: WidthProblem, target: Target) -> tuple[SlotMap, Any, PruningPlan]:
             if damage is None:
                 return planned(uniform_widths(problem, target))
-            return planned(sensitive_widths(problem, target, damage, floor=FLOORS[o.layout], evenness=EVENNESS, groups=self._shared_groups))
+            return planned(self._sensitive_widths(problem, target, damage))
 
         def planned(widths: dict[str, int]) -> tuple[SlotMap, Any, PruningPlan]:
             needed, final, final_costs = shortcuts, slots, costs
@@ -928,9 +933,7 @@ class _Run:
             return trial
 
         def widths_for(least: float | None, emphasis: Mapping[int, float]) -> dict[str, int]:
-            table = trials.emphasised(problem, damage, emphasis)
-            floor = FLOORS[o.layout] if least is None else least
-            return sensitive_widths(problem, self.target, table, floor=floor, evenness=EVENNESS, groups=self._shared_groups)
+            return self._sensitive_widths(problem, self.target, trials.emphasised(problem, damage, emphasis), least)
 
         widths, tried = trials.search(widths_for, measure, range(problem.slots.levels), o.trials)
         self.trials_report = [t.to_dict() for t in tried]
