@@ -364,6 +364,18 @@ def test_conv_gram_in_words_is_that_of_the_results():
         assert extra <= 64 and (ours["speedup_vs_published"] >= 5 or k == 1)
 
 
+def test_whole_prunes_in_words_are_those_of_the_results():
+    found = results("h200-prune.json")
+    names = ("load", "images", "calibrate", "plan", "repair", "measure", "save")
+    for row in found["rows"]:
+        said = [row["clock_s"], row["together_s"], *(row["seconds"][name] for name in names)]
+        assert " | ".join(f"{seconds:.1f}" for seconds in said) in notes().replace("**", "")
+    first, second, third, _ = (row["clock_s"] for row in found["rows"])
+    readme = " ".join(README.split())
+    assert f"takes {third:.0f} s on an {found['env']['gpu'].split()[-1]}, {first:.0f} s the first time" in readme
+    assert f"{second:.1f} and {third:.1f} s by the clock" in notes()
+
+
 def test_a_measured_time_in_words_is_that_of_the_report():
     report = results("h200-target_latency-experts.json")
     share, asked = report["latency"]["measured"], report["asked"]["target_latency"]
